@@ -1,0 +1,53 @@
+"""The activations g of the article, A = g(Z), and their part of the backward pass, dZ = dA g'(Z).
+
+Each derivative is written in terms of A, so that a layer keeps A and can forget Z.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+from gpucnn.backend import Array
+
+NAMES = ("relu", "leaky_relu", "sigmoid", "tanh")
+LEAKY_SLOPE = 0.01
+
+
+def check_name(where: str, name: str | None) -> None:
+    """Raise ValueError unless `name` is None or one of NAMES."""
+    if name is not None and name not in NAMES:
+        raise ValueError(f"{where}: activation {name!r} is not known; use None, "
+                         f"{', '.join(map(repr, NAMES))}")
+
+
+def activate(xp: Any, name: str | None, z: Array, slope: float = LEAKY_SLOPE) -> Array:
+    """A = g(Z), written over z, which is returned. NaN stays NaN.
+
+    slope: of the leaky ReLU where z < 0.
+    """
+    if name == "relu":
+        xp.maximum(z, 0, out=z)
+    elif name == "leaky_relu":
+        xp.multiply(z, xp.where(z < 0, z.dtype.type(slope), z.dtype.type(1)), out=z)
+    elif name == "tanh":
+        xp.tanh(z, out=z)
+    elif name == "sigmoid":
+        # 1 / (1 + exp(-z)) = (tanh(z / 2) + 1) / 2, which cannot overflow.
+        z *= 0.5
+        xp.tanh(z, out=z)
+        z *= 0.5
+        z += 0.5
+    return z
+
+
+def activation_backward(xp: Any, name: str | None, da: Array, a: Array,
+                        slope: float = LEAKY_SLOPE) -> Array:
+    """dZ = dA g'(Z), given A = g(Z). Shapes and dtypes as dA's; neither input is written."""
+    if name == "relu":
+        return xp.where(a <= 0, da.dtype.type(0), da)
+    if name == "leaky_relu":
+        return da * xp.where(a < 0, da.dtype.type(slope), da.dtype.type(1))
+    if name == "tanh":
+        return da * (1 - a * a)
+    if name == "sigmoid":
+        return da * (a * (1 - a))
+    return da

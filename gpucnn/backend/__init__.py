@@ -1,0 +1,142 @@
+"""What a backend is, and which one is in use."""
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+
+from gpucnn.errors import BackendError
+from gpucnn.geometry import Window
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+
+
+class Backend(Protocol):
+    """The ops that have a kernel of ours. All else is `xp` code, which NumPy and CuPy share.
+
+    Arrays are C-contiguous, NHWC, float32 or float64, and already checked: gpucnn.ops does that.
+    """
+
+    @property
+    def name(self) -> str:
+        """numpy or cupy."""
+
+    @property
+    def xp(self) -> ModuleType:
+        """The array library."""
+
+    @property
+    def block_bytes(self) -> int:
+        """How large a block of im2col columns may be; convolution works through the batch in them."""
+
+    def asarray(self, a: Any, dtype: Any = None) -> Array:
+        """a as a C-contiguous array of this backend, copied only if it must be."""
+
+    def to_numpy(self, a: Array) -> np.ndarray:
+        """a in host memory."""
+
+    def im2col(self, x: Array, window: Window) -> Array:
+        """x (n, h, w, c) -> (n * oh * ow, kh * kw * c); padding counts as 0."""
+
+    def col2im(self, cols: Array, x_shape: tuple[int, ...], window: Window) -> Array:
+        """The adjoint of im2col: cols (n * oh * ow, kh * kw * c) -> x_shape."""
+
+    def max_pool(self, x: Array, window: Window) -> tuple[Array, Array]:
+        """x (n, h, w, c) -> y and mask (n, oh, ow, c); mask holds ky * kw + kx of each maximum."""
+
+    def max_pool_backward(self, dy: Array, mask: Array, x_shape: tuple[int, ...],
+                          window: Window) -> Array:
+        """The adjoint of max_pool, given its mask: dy (n, oh, ow, c) -> dx of x_shape."""
+
+    def avg_pool(self, x: Array, window: Window) -> Array:
+        """x (n, h, w, c) -> (n, oh, ow, c), the mean over the pixels that each window sees."""
+
+    def avg_pool_backward(self, dy: Array, x_shape: tuple[int, ...], window: Window) -> Array:
+        """The adjoint of avg_pool: dy (n, oh, ow, c) -> dx of x_shape."""
+
+    def dropout(self, x: Array, rate: float, key: int, stream: int) -> Array:
+        """x with elements zeroed where gpucnn.rng draws below `rate`, the rest / (1 - rate)."""
+
+
+def get_backend() -> Backend:
+    """The innermost use_backend() block's, else what GPUCNN_BACKEND says now (default auto)."""
+    chosen = _override.get()
+    if chosen is not None:
+        return chosen
+    return make_backend(os.environ.get("GPUCNN_BACKEND", "auto"))
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[Backend]:
+    """Layers made inside the block use the named backend, and keep it afterwards."""
+    backend = make_backend(name)
+    token = _override.set(backend)
+    try:
+        yield backend
+    finally:
+        _override.reset(token)
+
+
+@functools.cache
+def make_backend(name: str) -> Backend:
+    """The one instance of the named backend. Asking for "cupy" never falls back to NumPy.
+
+    name: "numpy", "cupy", or "auto", which takes CuPy where it can work and says once, on
+        standard error, which one it took and why.
+
+    Raises ValueError for another name, BackendError where CuPy cannot work.
+    """
+    if name == "auto":
+        obstacle = cupy_obstacle()
+        backend = make_backend("numpy" if obstacle else "cupy")
+        print(f"gpucnn: backend {backend.name} ({obstacle or 'a GPU is usable'}); "
+              "set GPUCNN_BACKEND to choose", file=sys.stderr)
+        return backend
+    if name == "numpy":
+        from gpucnn.backend.numpy_backend import NumpyBackend
+        return NumpyBackend()
+    if name == "cupy":
+        obstacle = cupy_obstacle()
+        if obstacle:
+            raise BackendError(f"GPUCNN_BACKEND=cupy but {obstacle}, or set GPUCNN_BACKEND=numpy")
+        from gpucnn.backend.cupy_backend import CupyBackend
+        return CupyBackend()
+    raise ValueError(f"GPUCNN_BACKEND={name!r} is not known; use 'numpy', 'cupy' or 'auto'")
+
+
+def backend_of(array: Array) -> Backend:
+    """The backend that an array belongs to, by its type."""
+    return make_backend("cupy" if type(array).__module__.split(".")[0] == "cupy" else "numpy")
+
+
+def cupy_obstacle() -> str | None:
+    """Why CuPy cannot work here and what to do about it; None if it can."""
+    try:
+        import cupy
+    except ModuleNotFoundError as e:
+        if e.name != "cupy":
+            raise
+        return "CuPy is not installed; pip install 'gpucnn[cuda12]' (or cuda13)"
+    except ImportError as e:
+        return f"CuPy cannot be imported ({str(e).strip().splitlines()[0]}); reinstall it"
+    try:
+        if cupy.cuda.runtime.getDeviceCount() > 0:
+            return None
+        cause = "cudaErrorNoDevice"
+    except cupy.cuda.runtime.CUDARuntimeError as e:
+        cause = str(e)
+    if "NoDevice" in cause:
+        remedy = "check nvidia-smi and CUDA_VISIBLE_DEVICES"
+    else:
+        remedy = "install or update the NVIDIA driver until nvidia-smi works"
+    return f"CuPy {cupy.__version__} found no usable GPU ({cause}); {remedy}"
+
+
+_override: ContextVar[Backend | None] = ContextVar("gpucnn_backend", default=None)

@@ -1,0 +1,220 @@
+"""Find, read, check, compile and launch the kernels in kernels/*.cu.
+
+CuPy checks nothing that is passed to a RawKernel: a float64 array for a `float*`, a transposed
+view, a Python float for a `float` all run and give wrong numbers. Here the .cu file's own
+signature is the contract that each launch is checked against. Nothing is cast or copied.
+"""
+from __future__ import annotations
+
+import functools
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpucnn.errors import KernelError
+
+BLOCK, MAX_GRID = 256, 65535
+# Past it, an int index could overflow in the last step of a grid-stride loop.
+MAX_INT_INDEX = 2**31 - BLOCK * MAX_GRID
+
+_C_NAMES = {np.dtype(t): c for t, c in (
+    (np.float32, "float"), (np.float64, "double"), (np.uint8, "unsigned char"), (np.int32, "int"),
+    (np.int64, "long long"), (np.uint32, "unsigned"))}
+_DTYPES = {c: dtype for dtype, c in _C_NAMES.items()}
+# What each name of the .cu files' own may stand for; a launch's arrays decide which.
+_TYPEDEFS = {"scalar_t": (np.dtype(np.float32), np.dtype(np.float64)),
+             "mask_t": (np.dtype(np.uint8), np.dtype(np.int32))}
+_SIGNATURE = re.compile(r'extern "C" __global__ void (\w+)\s*\(([^)]*)\)')
+
+
+class Parameter(NamedTuple):
+    """One parameter of a kernel, as the .cu file declares it."""
+
+    name: str
+    ctype: str
+    pointer: bool
+
+
+class Variant(NamedTuple):
+    """What the names that common.cuh leaves open stand for in one compilation."""
+
+    scalar_t: np.dtype
+    mask_t: np.dtype
+    index_t: np.dtype
+    vec: int
+
+
+def kernel_dir() -> Path:
+    """The folder of the .cu files: GPUCNN_KERNEL_DIR, else the installed or checked-out one."""
+    chosen = os.environ.get("GPUCNN_KERNEL_DIR")
+    if chosen:
+        return Path(chosen)
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "kernels"
+    return installed if installed.is_dir() else package.parent / "kernels"
+
+
+def read_source(directory: Path, file: str, variant: Variant) -> str:
+    """The text that is compiled: the variant's types, then common.cuh, then the file.
+
+    Raises KernelError if a file cannot be read.
+    """
+    head = [f"typedef {_C_NAMES[getattr(variant, name)]} {name};"
+            for name in ("scalar_t", "mask_t", "index_t")]
+    parts = [*head, f"#define VEC {variant.vec}"]
+    for name in ("common.cuh", file):
+        parts += [f'#line 1 "{name}"', _read(directory, name)]
+    return "\n".join(parts)
+
+
+@functools.cache
+def read_signatures(directory: Path, file: str) -> dict[str, list[Parameter]]:
+    """The parameters of each kernel in the file. Raises KernelError for a type unknown here."""
+    signatures: dict[str, list[Parameter]] = {}
+    for kernel, declared in _SIGNATURE.findall(_read(directory, file)):
+        signatures[kernel] = [_parse(file, kernel, text) for text in declared.split(",")]
+    return signatures
+
+
+def check_arguments(kernel: str, parameters: list[Parameter], args: tuple, vec: int,
+                    array_type: type, device: int) -> tuple[list[Any], Variant]:
+    """The arguments as the kernel declares them, and the variant that they ask for.
+
+    Raises TypeError, naming the kernel and the argument, for a wrong count, dtype, device,
+    contiguity, alignment or range.
+    """
+    if len(args) != len(parameters):
+        raise TypeError(f"{kernel} takes {len(parameters)} arguments, got {len(args)}")
+    checked: list[Any] = []
+    types: dict[str, np.dtype] = {}
+    largest = 0
+    for parameter, arg in zip(parameters, args):
+        try:
+            if parameter.pointer:
+                _check_array(parameter, arg, types, vec, array_type, device)
+                checked.append(arg)
+                largest = max(largest, arg.size)
+            else:
+                checked.append(_check_scalar(parameter, arg, types))
+        except TypeError as problem:
+            raise TypeError(f"{kernel}, argument {parameter.name!r}: {problem}") from None
+    index_t = np.dtype(np.int32 if largest <= MAX_INT_INDEX else np.int64)
+    return checked, Variant(types["scalar_t"], types.get("mask_t", _TYPEDEFS["mask_t"][0]),
+                            index_t, vec)
+
+
+class Kernel:
+    """One __global__ function of one .cu file, compiled at its first launch for each variant."""
+
+    def __init__(self, file: str, name: str):
+        self.file, self.name = file, name
+        self._compiled: dict[tuple[Path, int, Variant], Any] = {}
+
+    def __call__(self, threads: int, *args: Any, vec: int = 1) -> None:
+        """Launch at least `threads` threads; each one handles `vec` channels. None for none."""
+        import cupy
+
+        directory, device = kernel_dir(), cupy.cuda.Device().id
+        signatures = read_signatures(directory, self.file)
+        if self.name not in signatures:
+            raise KernelError(f"{directory / self.file} declares no kernel {self.name!r}; it has "
+                              f"{', '.join(signatures) or 'none'}")
+        checked, variant = check_arguments(self.name, signatures[self.name], args, vec,
+                                           cupy.ndarray, device)
+        if threads < 1:
+            return
+        key = directory, device, variant
+        if key not in self._compiled:
+            self._compiled[key] = compile_kernel(directory, self.file, self.name, variant)
+        self._compiled[key]((launch_grid(threads),), (BLOCK,), tuple(checked))
+
+
+def launch_grid(threads: int) -> int:
+    """How many blocks to launch: enough for each thread, or the most that a grid-stride loop needs."""
+    return min(-(-threads // BLOCK), MAX_GRID)
+
+
+def compile_kernel(directory: Path, file: str, name: str, variant: Variant) -> Any:
+    """The compiled function. Raises KernelError with the file, the line and the architecture."""
+    import cupy
+
+    source = read_source(directory, file, variant)
+    try:
+        return cupy.RawModule(code=source, options=("-std=c++17",)).get_function(name)
+    except cupy.cuda.compiler.CompileException as e:
+        lines = str(e).splitlines()
+        cause = next((line.strip() for line in lines if "error" in line), lines[0])
+        raise KernelError(f"kernels/{file} failed to compile for "
+                          f"sm_{cupy.cuda.Device().compute_capability}: {cause}") from e
+    except (ImportError, OSError, RuntimeError) as e:
+        if "nvrtc" not in str(e).lower():
+            raise
+        raise KernelError(f"kernels/{file}: CuPy cannot load the CUDA compiler NVRTC ({e}); "
+                          "pip install 'gpucnn[cuda12]' or 'gpucnn[cuda13]'") from e
+
+
+def _read(directory: Path, file: str) -> str:
+    try:
+        return (directory / file).read_text(encoding="utf-8")
+    except OSError as e:
+        remedy = ("GPUCNN_KERNEL_DIR must hold a copy of the whole kernels folder"
+                  if os.environ.get("GPUCNN_KERNEL_DIR") else "reinstall gpucnn")
+        raise KernelError(f"cannot read the kernel file {directory / file} ({e.strerror}); "
+                          f"{remedy}") from e
+
+
+def _parse(file: str, kernel: str, text: str) -> Parameter:
+    words = [w for w in text.replace("*", " * ").split() if w not in ("const", "__restrict__")]
+    pointer = "*" in words
+    *ctype, name = (w for w in words if w != "*")
+    parameter = Parameter(name, " ".join(ctype), pointer)
+    if parameter.ctype not in _TYPEDEFS and parameter.ctype not in _DTYPES:
+        raise KernelError(f"{file}, kernel {kernel}: {text.strip()!r} has a type that the launcher "
+                          f"does not know; use {', '.join([*_TYPEDEFS, *_DTYPES])}")
+    return parameter
+
+
+def _bind(parameter: Parameter, dtype: np.dtype, types: dict[str, np.dtype]) -> np.dtype:
+    """The dtype that the parameter has in this launch; the first array binds a typedef's name."""
+    if parameter.ctype in _DTYPES:
+        return _DTYPES[parameter.ctype]
+    allowed = _TYPEDEFS[parameter.ctype]
+    if parameter.ctype not in types:
+        if dtype not in allowed:
+            raise TypeError(f"{dtype} where the kernel reads {parameter.ctype}, which is "
+                            f"{' or '.join(map(str, allowed))}")
+        types[parameter.ctype] = dtype
+    return types[parameter.ctype]
+
+
+def _check_array(parameter: Parameter, arg: Any, types: dict[str, np.dtype], vec: int,
+                 array_type: type, device: int) -> None:
+    if not isinstance(arg, array_type):
+        raise TypeError(f"{type(arg).__name__} is not an array of this backend")
+    wanted = _bind(parameter, arg.dtype, types)
+    if arg.dtype != wanted:
+        raise TypeError(f"{arg.dtype} where the kernel reads {wanted}")
+    if not arg.flags.c_contiguous:
+        raise TypeError(f"not C-contiguous (shape {arg.shape}, strides {arg.strides})")
+    if arg.device.id != device:
+        raise TypeError(f"on device {arg.device.id}, the launch is on device {device}")
+    if arg.data.ptr % (vec * arg.itemsize):
+        raise TypeError(f"not aligned to the {vec * arg.itemsize} bytes that a thread reads")
+
+
+def _check_scalar(parameter: Parameter, arg: Any, types: dict[str, np.dtype]) -> np.generic:
+    if parameter.ctype in _TYPEDEFS and parameter.ctype not in types:
+        raise TypeError(f"no array before it says what {parameter.ctype} is")
+    wanted = types.get(parameter.ctype) or _DTYPES[parameter.ctype]
+    if wanted.kind == "f":
+        if isinstance(arg, (float, np.floating)):
+            return wanted.type(arg)
+        raise TypeError(f"{arg!r} is not a float")
+    limits = np.iinfo(wanted)
+    if (isinstance(arg, (int, np.integer)) and not isinstance(arg, bool)
+            and limits.min <= arg <= limits.max):
+        return wanted.type(arg)
+    raise TypeError(f"{arg!r} is not an int from {limits.min} to {limits.max}")

@@ -1,0 +1,251 @@
+"""What every layer is: a forward pass that saves what its backward pass needs."""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+
+from gpucnn import rng
+from gpucnn.backend import Array, get_backend
+from gpucnn.ops import as_array
+
+Shape = tuple[int, ...]
+Initializer = Callable[[Shape, int], np.ndarray]  # (shape, key) -> float64 array
+# Random numbers of one model never share a key: parameter i draws from stream i, dropout layers
+# from a key of their own.
+_DROPOUT_KEY = 0xD809_0000_0000_0000
+
+
+class Parameter:
+    """An array to learn, and the gradient that the last backward pass left for it.
+
+    data and grad are views into two flat arrays of the model, once it is built.
+    """
+
+    def __init__(self, shape: Shape, initializer: Initializer, decay: bool):
+        self.shape = shape
+        self.initializer = initializer
+        self.decay = decay
+        self.data: Array = None
+        self.grad: Array = None
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+
+class Layer:
+    """The base of all layers, each of which is final: no layer inherits from another.
+
+    A subclass stores each argument of its constructor under the argument's name, and writes
+
+        declare(input_shape) -> output_shape    calls add_parameter() for what it learns
+        forward(x, training)                    begins with x = self.receive(x)
+        backward(dy)                            begins with self.take_saved()
+
+    Shapes are those of one sample, without the batch axis. A layer is built before it is used,
+    as part of the model that it belongs to or alone. It takes its backend when it is made.
+
+    name: how messages and saved files call it; containers name their layers otherwise.
+    strict_dtype: refuse input of another float dtype instead of casting it to the layer's.
+    """
+
+    kind: ClassVar[str] = "layer"
+
+    def __init__(self, *, name: str | None = None, strict_dtype: bool = False):
+        self.name = name
+        self.strict_dtype = strict_dtype
+        self.backend = get_backend()
+        self.path = name or ""
+        self.built = False
+        self.dtype = np.dtype(np.float32)
+        self.input_shape: Shape = ()
+        self.output_shape: Shape = ()
+        self.own_parameters: dict[str, Parameter] = {}
+        self.own_buffers: dict[str, Array] = {}
+        self.dropout_key = _DROPOUT_KEY
+        self._saved: Any = None
+
+    # What a subclass provides.
+
+    def declare(self, input_shape: Shape) -> Shape:
+        """Check input_shape, declare the parameters, and return the output shape."""
+        return input_shape
+
+    def forward(self, x: Array, training: bool = False) -> Array:
+        """The layer's output for a batch; with training=True, keeps what backward() needs."""
+        raise NotImplementedError
+
+    def backward(self, dy: Array) -> Array:
+        """dL/dx, given dL/dy of the last forward(training=True); sets each parameter's grad.
+
+        Raises RuntimeError without such a forward pass, or the second time.
+        """
+        raise NotImplementedError
+
+    def multiply_adds(self) -> int:
+        """Multiplications, each with its addition, in the forward pass of one sample."""
+        return 0
+
+    def children(self) -> dict[str, Layer]:
+        """The layers inside this one, by name."""
+        return {}
+
+    # What every layer has.
+
+    def build(self, input_shape: Shape, *, seed: int = 0, dtype: Any = np.float32) -> Shape:
+        """Make the parameters, drawn from `seed`, and return the output shape.
+
+        input_shape: of one sample, (h, w, c) for images.
+        dtype: float32, or float64 for gradient checks.
+
+        The parameters lie in one flat array, `flat_data`, and their gradients in another,
+        `flat_grad`: first those that weight decay applies to, then biases and norms. The same
+        seed gives the same numbers on every backend.
+        """
+        if np.dtype(dtype) not in (np.float32, np.float64):
+            raise TypeError(f"{self.where}: dtype must be float32 or float64, got {dtype}")
+        self.output_shape = self.declare_at(tuple(input_shape), self.path)
+        parameters = self.parameters()
+        order = sorted(parameters.values(), key=lambda p: not p.decay)
+        self.decayed_size = sum(p.size for p in order if p.decay)
+        host = np.concatenate([p.initializer(p.shape, 0).ravel() for p in []] or [np.empty(0)])
+        host = np.empty(sum(p.size for p in order), dtype)
+        keys = {id(p): (seed, stream) for stream, p in enumerate(parameters.values())}
+        offsets: list[tuple[Parameter, slice]] = []
+        start = 0
+        for p in order:
+            offsets.append((p, slice(start, start + p.size)))
+            host[offsets[-1][1]] = p.initializer(p.shape, *keys[id(p)]).ravel()
+            start += p.size
+        self.flat_data = self.backend.asarray(host)
+        self.flat_grad = self.backend.xp.zeros_like(self.flat_data)
+        for p, place in offsets:
+            p.data = self.flat_data[place].reshape(p.shape)
+            p.grad = self.flat_grad[place].reshape(p.shape)
+        for number, layer in enumerate(self.walk()):
+            layer.dtype, layer.built = np.dtype(dtype), True
+            layer.dropout_key = _DROPOUT_KEY ^ (seed << 16) ^ number
+        return self.output_shape
+
+    def declare_at(self, input_shape: Shape, path: str) -> Shape:
+        """declare() under the name that the layer has inside its model."""
+        self.path = path
+        self.own_parameters = {}
+        self.input_shape = input_shape
+        self.output_shape = self.declare(input_shape)
+        return self.output_shape
+
+    def add_parameter(self, name: str, shape: Shape, initializer: Initializer,
+                      decay: bool) -> Parameter:
+        """Declare an array to learn. decay: whether weight decay applies to it."""
+        self.own_parameters[name] = Parameter(shape, initializer, decay)
+        return self.own_parameters[name]
+
+    def walk(self) -> Iterator[Layer]:
+        """This layer and all inside it, in order."""
+        yield self
+        for child in self.children().values():
+            yield from child.walk()
+
+    def parameters(self) -> dict[str, Parameter]:
+        """All parameters, this layer's and those inside it, by path such as "conv1/w"."""
+        return {_join(layer.path, name): p
+                for layer in self.walk() for name, p in layer.own_parameters.items()}
+
+    def buffers(self) -> dict[str, tuple[Layer, str]]:
+        """What is saved but not learned (running statistics): path -> (layer, name)."""
+        return {_join(layer.path, name): (layer, name)
+                for layer in self.walk() for name in layer.own_buffers}
+
+    def config(self) -> dict[str, Any]:
+        """The arguments that make this layer again, its class included; JSON can hold them."""
+        arguments = {name: getattr(self, name) for name in _argument_names(type(self))}
+        return {"class": type(self).__name__, **{k: _plain(v) for k, v in arguments.items()}}
+
+    @property
+    def where(self) -> str:
+        """How messages begin: "Conv2D 'conv1'"."""
+        return f"{type(self).__name__} {self.path!r}" if self.path else type(self).__name__
+
+    def receive(self, x: Array, ndim: int | None = None) -> Array:
+        """x as this layer computes with it: of its backend and dtype, and not empty but in batch.
+
+        Raises TypeError for another backend or dtype, ValueError for a wrong shape.
+        """
+        if not self.built:
+            raise RuntimeError(f"{self.where}: not built; call build(input_shape) on the model "
+                               "first")
+        x = as_array(self.where, "input", x)
+        self._check_shape(x.shape, ndim)
+        if x.dtype != self.dtype and self.strict_dtype:
+            raise TypeError(f"{self.where}: input is {x.dtype}, layer is {self.dtype}; "
+                            f"cast with x.astype('{self.dtype}')")
+        if not isinstance(x, self.backend.xp.ndarray):
+            raise TypeError(f"{self.where}: input is a {type(x).__module__} array, the layer is "
+                            f"on {self.backend.name}; use backend.asarray(x) or "
+                            "backend.to_numpy(x)")
+        return self.backend.asarray(x, self.dtype)
+
+    def save(self, training: bool, *values: Any) -> None:
+        """Keep values for backward(), in training only."""
+        self._saved = values if training else None
+
+    def take_saved(self) -> Any:
+        """What the last forward(training=True) saved; each forward serves one backward."""
+        if self._saved is None:
+            raise RuntimeError(f"{self.where}: backward() called before forward(training=True)")
+        saved, self._saved = self._saved, None
+        return saved
+
+    def _check_shape(self, shape: Shape, ndim: int | None) -> None:
+        if ndim is None:
+            return
+        if len(shape) != ndim:
+            what = "NHWC input with 4 dimensions" if ndim == 4 else f"input with {ndim} dimensions"
+            remedy = "; add a batch axis with x[None]" if len(shape) == ndim - 1 else (
+                "; put a Flatten() before it" if ndim == 2 else "")
+            raise ValueError(f"{self.where}: expected {what}, got {len(shape)}: {shape}{remedy}")
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{k}={v!r}" for k, v in self.config().items() if k != "class")
+        return f"{type(self).__name__}({arguments})"
+
+
+# Initializers, equal on every backend because they are drawn on the host.
+
+
+def he_normal(fan_in: int) -> Any:
+    """Normal with variance 2 / fan_in (He et al. 2015), which keeps the scale through ReLUs."""
+    return lambda shape, key, stream: (2 / fan_in) ** 0.5 * rng.normal(shape, key, stream)
+
+
+def glorot_uniform(fan_in: int, fan_out: int) -> Any:
+    """Uniform in ±sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010)."""
+    limit = (6 / (fan_in + fan_out)) ** 0.5
+    return lambda shape, key, stream: limit * (2 * rng.uniform(shape, key, stream) - 1)
+
+
+def constant(value: float) -> Any:
+    return lambda shape, key, stream: np.full(shape, value)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}/{name}" if path else name
+
+
+def _argument_names(cls: type) -> list[str]:
+    """The constructor's arguments, those that it passes on to Layer included."""
+    names = [n for n, p in inspect.signature(cls).parameters.items()
+             if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    return names + [n for n in inspect.signature(Layer).parameters if n not in names]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Layer):
+        return value.config()
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

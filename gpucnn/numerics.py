@@ -1,0 +1,21 @@
+"""Sums that stay accurate in float32, shared by every backend."""
+from __future__ import annotations
+
+from typing import Any
+
+from gpucnn.backend import Array
+
+
+def sum_rows(xp: Any, matrix: Array) -> Array:
+    """The sum over the rows of matrix (rows, columns) -> (columns,).
+
+    As a matrix product: the BLAS adds in blocks, where `matrix.sum(axis=0)` adds one row after
+    another and loses three digits over a few hundred thousand rows.
+    """
+    return xp.ones(len(matrix), matrix.dtype) @ matrix
+
+
+def log_sum_exp(xp: Any, z: Array) -> Array:
+    """log(sum(exp(z))) over the last axis, which is kept with length 1; no overflow."""
+    largest = z.max(axis=-1, keepdims=True)
+    return largest + xp.log(xp.exp(z - largest).sum(axis=-1, keepdims=True))

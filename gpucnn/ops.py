@@ -1,0 +1,291 @@
+"""Convolution, pooling and cross-entropy as plain functions on NumPy or CuPy arrays.
+
+Each checks what it is given, takes the backend that the arrays belong to, and calls it. Images
+are NHWC, (n, h, w, c); filters HWIO, (kh, kw, c_in / groups, c_out). `size`, `stride` and
+`dilation` are an int or a (vertical, horizontal) pair. `padding` is "valid", "same"
+(out = ceil(n / stride), the odd pixel at the bottom and right; for stride 1 and odd filters the
+article's p = (f - 1) / 2), an int, (ph, pw), or ((top, bottom), (left, right)).
+
+Arrays may be float16, float32 or float64, and any view: transposed, sliced, with negative
+strides, read-only or broadcast. They are never written. float16 is computed in float32 and
+returned as float16. Lists and arrays of other libraries that offer DLPack are taken as NumPy's.
+
+Raises TypeError for dtypes and types, ValueError for shapes and values; the message names the
+function, the value, and what is accepted.
+"""
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from gpucnn import activations, convolution
+from gpucnn.backend import Array, Backend, backend_of
+from gpucnn.geometry import (
+    IntOrPair,
+    Padding,
+    Window,
+    check_groups,
+    check_pool_window,
+    make_window,
+)
+from gpucnn.numerics import log_sum_exp
+
+FLOATS = tuple(map(np.dtype, (np.float16, np.float32, np.float64)))
+
+
+def conv2d(x: Array, w: Array, b: Array | None = None, *, stride: IntOrPair = 1,
+           padding: Padding = 0, dilation: IntOrPair = 1, groups: int = 1,
+           activation: str | None = None) -> Array:
+    """The article's convolution layer: Z = W * A + b, then g(Z).
+
+    x (n, h, w, c_in), w (kh, kw, c_in / groups, c_out), b (c_out,) or None -> (n, oh, ow, c_out)
+    with oh = floor((h + top + bottom - ((kh - 1) dilation + 1)) / stride) + 1 and ow alike. As
+    everywhere in neural nets the filter is not flipped (a cross-correlation).
+
+    activation: None, "relu", "leaky_relu" (slope 0.01), "sigmoid" or "tanh".
+    """
+    where = "conv2d"
+    backend, dtype, (x, w, b) = _receive(where, x=x, w=w, b=b)
+    activations.check_name(where, activation)
+    window = _conv_window(where, x, w, stride, padding, dilation, groups)
+    if b is not None and b.shape != w.shape[3:]:
+        raise ValueError(f"{where}: b has shape {b.shape}, w has {w.shape[3]} filters; "
+                         f"b must be {w.shape[3:]}")
+    return _as(dtype, convolution.conv2d(backend, x, w, b, window, groups, activation))
+
+
+def conv2d_backward(dy: Array, x: Array, w: Array, *, stride: IntOrPair = 1, padding: Padding = 0,
+                    dilation: IntOrPair = 1, groups: int = 1) -> tuple[Array, Array, Array]:
+    """The gradients of a conv2d without activation: dy (n, oh, ow, c_out) -> (dx, dw, db).
+
+    The article's db = sum dZ, dW = A conv dZ, and dA = the full convolution of dZ with the
+    filters rotated by 180 degrees. With an activation, dy must be dZ = dA g'(Z).
+    """
+    where = "conv2d_backward"
+    backend, dtype, (dy, x, w) = _receive(where, dy=dy, x=x, w=w)
+    window = _conv_window(where, x, w, stride, padding, dilation, groups)
+    _check_shape(where, "dy", dy, (len(x), *window.out_size(*x.shape[1:3]), w.shape[3]))
+    dx, dw, db = convolution.conv2d_backward(backend, dy, x, w, window, groups)
+    return _as(dtype, dx), _as(dtype, dw), _as(dtype, db)
+
+
+def im2col(x: Array, size: IntOrPair, *, stride: IntOrPair = 1, padding: Padding = 0,
+           dilation: IntOrPair = 1) -> Array:
+    """The windows of x (n, h, w, c) as rows: (n * oh * ow, kh * kw * c). Padding counts as 0."""
+    backend, dtype, (x,) = _receive("im2col", x=x)
+    window = _window("im2col", x.shape, size, stride, padding, dilation)
+    return _as(dtype, backend.im2col(x, window))
+
+
+def col2im(cols: Array, x_shape: tuple[int, ...], size: IntOrPair, *, stride: IntOrPair = 1,
+           padding: Padding = 0, dilation: IntOrPair = 1) -> Array:
+    """The adjoint of im2col: cols (n * oh * ow, kh * kw * c), summed where windows overlap."""
+    backend, dtype, (cols,) = _receive("col2im", cols=cols)
+    window = _window("col2im", x_shape, size, stride, padding, dilation)
+    rows = x_shape[0] * math.prod(window.out_size(*x_shape[1:3]))
+    _check_shape("col2im", "cols", cols, (rows, window.places * x_shape[3]))
+    return _as(dtype, backend.col2im(cols, tuple(x_shape), window))
+
+
+def max_pool2d(x: Array, size: IntOrPair, *, stride: IntOrPair | None = None,
+               padding: Padding = 0, dilation: IntOrPair = 1) -> tuple[Array, Array]:
+    """The maximum of each window: x (n, h, w, c) -> y and its mask, both (n, oh, ow, c).
+
+    stride: None for the window's size. Padding counts as minus infinity. mask holds the place
+    ky * kw + kx of the maximum in its window, the first in row-major order where several are
+    equal; one byte where a window has at most 255 places, else int32. NaN in gives NaN out.
+    """
+    where = "max_pool2d"
+    backend, dtype, (x,) = _receive(where, x=x)
+    window = _pool_window(where, x.shape, size, stride, padding, dilation)
+    y, mask = backend.max_pool(x, window)
+    return _as(dtype, y), mask
+
+
+def max_pool2d_backward(dy: Array, mask: Array, x_shape: tuple[int, ...], size: IntOrPair, *,
+                        stride: IntOrPair | None = None, padding: Padding = 0,
+                        dilation: IntOrPair = 1) -> Array:
+    """dy and mask (n, oh, ow, c) -> dx of x_shape: each dy goes to the place in its mask."""
+    where = "max_pool2d_backward"
+    backend, dtype, (dy,) = _receive(where, dy=dy)
+    window = _pool_window(where, x_shape, size, stride, padding, dilation)
+    _check_shape(where, "dy", dy, (x_shape[0], *window.out_size(*x_shape[1:3]), x_shape[3]))
+    if backend_of(mask) is not backend or mask.dtype != window.mask_dtype:
+        raise TypeError(f"{where}: mask is {type(mask).__module__} {getattr(mask, 'dtype', None)}; "
+                        f"pass the {np.dtype(window.mask_dtype)} mask that max_pool2d returned")
+    _check_shape(where, "mask", mask, dy.shape)
+    return _as(dtype, backend.max_pool_backward(
+        dy, backend.asarray(mask), tuple(x_shape), window))
+
+
+def avg_pool2d(x: Array, size: IntOrPair, *, stride: IntOrPair | None = None,
+               padding: Padding = 0) -> Array:
+    """The mean of each window: x (n, h, w, c) -> (n, oh, ow, c). Padding is not counted.
+
+    stride: None for the window's size.
+    """
+    backend, dtype, (x,) = _receive("avg_pool2d", x=x)
+    window = _pool_window("avg_pool2d", x.shape, size, stride, padding, 1)
+    return _as(dtype, backend.avg_pool(x, window))
+
+
+def avg_pool2d_backward(dy: Array, x_shape: tuple[int, ...], size: IntOrPair, *,
+                        stride: IntOrPair | None = None, padding: Padding = 0) -> Array:
+    """dy (n, oh, ow, c) -> dx of x_shape: each dy is shared out evenly over its window."""
+    where = "avg_pool2d_backward"
+    backend, dtype, (dy,) = _receive(where, dy=dy)
+    window = _pool_window(where, x_shape, size, stride, padding, 1)
+    _check_shape(where, "dy", dy, (x_shape[0], *window.out_size(*x_shape[1:3]), x_shape[3]))
+    return _as(dtype, backend.avg_pool_backward(dy, tuple(x_shape), window))
+
+
+def softmax_cross_entropy(logits: Array, labels: Array, *, label_smoothing: float = 0.0
+                          ) -> tuple[Array, Array]:
+    """The mean of -sum_k q_k log softmax(logits)_k over the batch, and its gradient.
+
+    logits (n, classes); labels (n,) integers from 0 to classes - 1. q is 1 at the label, or with
+    label smoothing s (Szegedy et al. 2016) 1 - s + s / classes there and s / classes elsewhere.
+
+    Returns (loss, dlogits): a scalar of the backend, not yet copied from the GPU, and
+    (softmax(logits) - q) / n. Infinite logits give nan.
+    """
+    where = "softmax_cross_entropy"
+    backend, dtype, (logits,) = _receive(where, logits=logits)
+    if logits.ndim != 2:
+        raise ValueError(f"{where}: logits must be (n, classes), got {logits.shape}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"{where}: label_smoothing must be >= 0 and < 1, got {label_smoothing}")
+    n, classes = logits.shape
+    if n == 0:
+        raise ValueError("loss of an empty batch is undefined (0 samples)")
+    labels = check_labels(backend, labels, n, classes)
+    xp = backend.xp
+    log_p = logits - log_sum_exp(xp, logits)
+    picked = xp.arange(n), labels
+    loss = -(1 - label_smoothing) * log_p[picked].mean()
+    if label_smoothing:
+        loss = loss - label_smoothing * log_p.mean()
+    dlogits = xp.exp(log_p)
+    dlogits -= label_smoothing / classes
+    dlogits[picked] -= 1 - label_smoothing
+    dlogits /= n
+    return _as(dtype, loss), _as(dtype, dlogits)
+
+
+def check_labels(backend: Backend, labels: Array, n: int, classes: int) -> Array:
+    """labels as an integer array (n,) of the backend, each from 0 to classes - 1.
+
+    Checked on the GPU too, where CuPy's indexing would not raise. Raises TypeError for floats,
+    bools and one-hot rows, ValueError for a wrong number or a label out of range.
+    """
+    if isinstance(labels, (list, tuple)):
+        labels = np.asarray(labels)
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise TypeError(f"labels must be integers of shape (N,), got {labels.dtype} {labels.shape}"
+                        "; for one-hot use labels.argmax(1)")
+    if len(labels) != n:
+        raise ValueError(f"{n} images but {len(labels)} labels")
+    labels = backend.asarray(labels)
+    wrong = (labels < 0) | (labels >= classes)
+    if wrong.any():
+        position = int(wrong.argmax())
+        raise ValueError(f"label {int(labels[position])} at position {position} is out of range "
+                         f"for {classes} classes (0..{classes - 1})")
+    return labels
+
+
+def as_array(where: str, name: str, value: Any) -> Array:
+    """value as an array of NumPy or CuPy with a float dtype; lists and DLPack become NumPy's.
+
+    Raises TypeError for what would be computed wrongly or not at all.
+    """
+    if isinstance(value, (np.ma.MaskedArray, np.matrix)):
+        remedy = "fill the mask first with x.filled(0)" if isinstance(
+            value, np.ma.MaskedArray) else "use numpy.asarray(x)"
+        raise TypeError(f"{where}: {name} is {type(value).__module__}.{type(value).__name__}; "
+                        f"{remedy}")
+    if not isinstance(value, np.ndarray) and backend_of(value).name == "numpy":
+        if hasattr(value, "__dlpack__"):
+            value = np.from_dlpack(value)
+        elif isinstance(value, (list, tuple, int, float, np.generic)):
+            value = np.asarray(value)
+        else:
+            raise TypeError(f"{where}: {name} is a {type(value).__name__}; use a NumPy or CuPy "
+                            "array")
+    if value.dtype.kind in "iu":
+        remedy = ("; scale to float first, e.g. x.astype('float32')/255"
+                  if value.dtype == np.uint8 else "; cast it with x.astype('float32')")
+        values = " (0..255)" if value.dtype == np.uint8 else ""
+        raise TypeError(f"{where}: {name} is {value.dtype}{values}{remedy}")
+    if value.dtype.newbyteorder("=") not in FLOATS:
+        raise TypeError(f"{where}: dtype {value.dtype} of {name} is not supported; use float16, "
+                        "float32 or float64")
+    return value
+
+
+def _receive(where: str, **arrays: Any) -> tuple[Backend, np.dtype, list[Any]]:
+    """The backend of the arrays, their dtype, and them as the backend takes them.
+
+    That is C-contiguous, of native byte order, and float32 in the place of float16.
+    """
+    values = {k: None if v is None else as_array(where, k, v) for k, v in arrays.items()}
+    given = {k: v for k, v in values.items() if v is not None}
+    (first, model), *others = given.items()
+    backend, dtype = backend_of(model), model.dtype.newbyteorder("=")
+    for name, value in others:
+        if backend_of(value) is not backend:
+            raise TypeError(f"{where}: {first} is a {backend.name} array, {name} a "
+                            f"{backend_of(value).name} array; move one of them")
+        if value.dtype.newbyteorder("=") != dtype:
+            raise TypeError(f"{where}: {first} is {dtype}, {name} is {value.dtype}; cast one of "
+                            f"them, e.g. {name}.astype('{dtype}')")
+    computed = np.dtype(np.float32) if dtype == np.float16 else dtype
+    return backend, dtype, [None if v is None else backend.asarray(v, computed)
+                            for v in values.values()]
+
+
+def _as(dtype: np.dtype, result: Array) -> Array:
+    return result if result.dtype == dtype else result.astype(dtype)
+
+
+def _window(where: str, x_shape: tuple[int, ...], size: IntOrPair, stride: IntOrPair,
+            padding: Padding, dilation: IntOrPair) -> Window:
+    if len(x_shape) != 4:
+        hint = "; add a batch axis with x[None]" if len(x_shape) == 3 else ""
+        raise ValueError(f"{where}: expected NHWC input with 4 dimensions, got {len(x_shape)}: "
+                         f"{tuple(x_shape)}{hint}")
+    return make_window(where, size, stride, padding, dilation, tuple(x_shape[1:3]))
+
+
+def _pool_window(where: str, x_shape: tuple[int, ...], size: IntOrPair,
+                 stride: IntOrPair | None, padding: Padding, dilation: IntOrPair) -> Window:
+    window = _window(where, x_shape, size, size if stride is None else stride, padding, dilation)
+    check_pool_window(where, window, *x_shape[1:3])
+    return window
+
+
+def _conv_window(where: str, x: Array, w: Array, stride: IntOrPair, padding: Padding,
+                 dilation: IntOrPair, groups: int) -> Window:
+    if w.ndim != 4:
+        raise ValueError(f"{where}: w must be (kh, kw, c_in / groups, c_out), got {w.shape}")
+    window = _window(where, x.shape, w.shape[:2], stride, padding, dilation)
+    check_channels(where, x.shape, w.shape[2], groups)
+    check_groups(where, groups, x.shape[3], w.shape[3])
+    return window
+
+
+def check_channels(where: str, x_shape: tuple[int, ...], channels: int, groups: int = 1) -> None:
+    """Raise ValueError if NHWC x_shape has not the `channels * groups` that the weights expect."""
+    if x_shape[3] == channels * groups:
+        return
+    nchw = ("; the layout is NHWC, for NCHW data use x.transpose(0, 2, 3, 1)"
+            if x_shape[1] == channels * groups else "; the layout is NHWC")
+    raise ValueError(f"{where}: input has {x_shape[3]} channels (last axis of {tuple(x_shape)}), "
+                     f"weights expect {channels * groups}{nchw}")
+
+
+def _check_shape(where: str, name: str, array: Array, shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{where}: {name} has shape {array.shape}, expected {shape}")

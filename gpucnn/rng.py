@@ -1,0 +1,71 @@
+"""Philox4x32-10: random numbers that are a pure function of a counter and a key.
+
+From Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). The
+same numbers come out on every machine, backend and version, in any order and without a state,
+so that a mask need not be stored and a resumed run equals one that never stopped.
+`kernels/dropout.cu` computes the same function on the GPU.
+"""
+from __future__ import annotations
+
+import numpy as np
+
+_MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_KEY_STEPS = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+_LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
+_CHUNK = 1 << 13  # counters at a time: their words stay in the cache
+
+
+def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
+    """Ten rounds of Philox4x32: counter (n, 4) uint32, key two 32-bit words -> (n, 4) uint32."""
+    a, b, c, d = (np.ascontiguousarray(counter[:, i]).astype(np.uint64) for i in range(4))
+    k0, k1 = np.uint64(key[0]), np.uint64(key[1])
+    for _ in range(10):
+        a *= _MULTIPLIERS[0]
+        c *= _MULTIPLIERS[1]
+        a, b, c, d = (c >> _SHIFT) ^ b ^ k0, c & _LOW, (a >> _SHIFT) ^ d ^ k1, a & _LOW
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
+    return np.stack([a, b, c, d], axis=1).astype(np.uint32)
+
+
+def random_words(size: int, key: int, stream: int = 0) -> np.ndarray:
+    """`size` uniformly distributed uint32 words (size,). key, stream: 0 to 2^64 - 1.
+
+    Words 4 j to 4 j + 3 are Philox of the counter (j, stream) in 64 bits each.
+    """
+    blocks = -(-size // 4)
+    words = np.empty((blocks, 4), np.uint32)
+    for start in range(0, blocks, _CHUNK):
+        j = np.arange(start, min(start + _CHUNK, blocks), dtype=np.uint64)
+        counter = np.empty((len(j), 4), np.uint32)
+        counter[:, 0] = j & _LOW
+        counter[:, 1] = j >> _SHIFT
+        counter[:, 2:] = words_of(stream)
+        words[start:start + len(j)] = philox4x32(counter, words_of(key))
+    return words.reshape(-1)[:size]
+
+
+def uniform(shape: tuple[int, ...], key: int, stream: int = 0) -> np.ndarray:
+    """float64 in the open interval (0, 1), 2^32 values evenly spaced."""
+    size = int(np.prod(shape))
+    return ((random_words(size, key, stream) + 0.5) / 2.0**32).reshape(shape)
+
+
+def normal(shape: tuple[int, ...], key: int, stream: int = 0) -> np.ndarray:
+    """float64 of mean 0 and standard deviation 1, by the transform of Box and Muller (1958)."""
+    u, v = uniform((2, int(np.prod(shape))), key, stream)
+    return (np.sqrt(-2 * np.log(u)) * np.cos(2 * np.pi * v)).reshape(shape)
+
+
+def permutation(size: int, key: int, stream: int = 0) -> np.ndarray:
+    """The numbers 0 to size - 1 in random order, int64 (size,): the order of `size` random words."""
+    return np.argsort(random_words(size, key, stream), kind="stable")
+
+
+def drop_threshold(rate: float) -> int:
+    """A random word below it means "drop": a share `rate` of all words, to within 2^-32."""
+    return round(rate * 2**32)
+
+
+def words_of(number: int) -> tuple[int, int]:
+    """The low and the high 32 bits of an int from 0 to 2^64 - 1."""
+    return number & 0xFFFFFFFF, number >> 32

@@ -1,0 +1,73 @@
+// Max pooling of an NHWC tensor, and its backward pass.
+//
+//     x, dx    (n, h, w, c)
+//     y, dy    (n, oh, ow, c)
+//     mask     (n, oh, ow, c), the place ky * kw + kx of the maximum inside its window
+//
+// Padding counts as minus infinity. The first maximum in row-major order wins a tie, and a NaN
+// beats every number. The caller refuses windows that lie wholly in the padding.
+
+// One thread finds the maxima of VEC channels.
+extern "C" __global__ void max_pool(
+    const scalar_t* __restrict__ x, scalar_t* __restrict__ y, mask_t* __restrict__ mask,
+    int n, int h, int w, int c, int oh, int ow,
+    int kh, int kw, int sh, int sw, int top, int left, int dh, int dw)
+{
+    const int cv = c / VEC;
+    GRID_STRIDE_LOOP(i, (index_t)n * oh * ow * cv) {
+        Place p = place_of(i, oh, ow, cv);
+        Scalars best = zeros();
+        Masks place = {};
+        bool none_yet = true;
+        for (int ky = 0; ky < kh; ++ky) {
+            int iy = p.y * sh - top + ky * dh;
+            if (iy < 0 || iy >= h) continue;
+            for (int kx = 0; kx < kw; ++kx) {
+                int ix = p.x * sw - left + kx * dw;
+                if (ix < 0 || ix >= w) continue;
+                Scalars s = load(x, offset_of(p.n, iy, ix, p.c, h, w, cv));
+                for (int v = 0; v < VEC; ++v) {
+                    bool first_nan = s.at[v] != s.at[v] && best.at[v] == best.at[v];
+                    if (none_yet || s.at[v] > best.at[v] || first_nan) {
+                        best.at[v] = s.at[v];
+                        place.at[v] = (mask_t)(ky * kw + kx);
+                    }
+                }
+                none_yet = false;
+            }
+        }
+        store(y, i, best);
+        store_masks(mask, i, place);
+    }
+}
+
+// dx = the sum of dy over the windows whose maximum this pixel was. One thread gathers VEC
+// channels of one pixel.
+extern "C" __global__ void max_pool_backward(
+    const scalar_t* __restrict__ dy, const mask_t* __restrict__ mask, scalar_t* __restrict__ dx,
+    int n, int h, int w, int c, int oh, int ow,
+    int kh, int kw, int sh, int sw, int top, int left, int dh, int dw)
+{
+    const int cv = c / VEC;
+    GRID_STRIDE_LOOP(i, (index_t)n * h * w * cv) {
+        Place p = place_of(i, h, w, cv);
+        Outputs rows = outputs_over(p.y + top, kh, sh, dh, oh);
+        Outputs columns = outputs_over(p.x + left, kw, sw, dw, ow);
+        Scalars sum = zeros();
+        for (int oy = rows.first; oy <= rows.last; ++oy) {
+            int ky = p.y + top - oy * sh;
+            if (ky % dh != 0) continue;
+            for (int ox = columns.first; ox <= columns.last; ++ox) {
+                int kx = p.x + left - ox * sw;
+                if (kx % dw != 0) continue;
+                int here = ky / dh * kw + kx / dw;
+                index_t o = offset_of(p.n, oy, ox, p.c, oh, ow, cv);
+                Masks place = load_masks(mask, o);
+                Scalars g = load(dy, o);
+                for (int v = 0; v < VEC; ++v)
+                    if (place.at[v] == here) sum.at[v] += g.at[v];
+            }
+        }
+        store(dx, i, sum);
+    }
+}
