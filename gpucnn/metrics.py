@@ -67,6 +67,14 @@ def format_report(report: Sequence[ClassScores]) -> str:
     return "\n".join(lines)
 
 
+def format_confusion(matrix: np.ndarray, class_names: Sequence[str]) -> str:
+    """The confusion matrix as an aligned table, the true classes on the rows."""
+    width = max(len(name) for name in class_names)
+    cell = len(str(matrix.max())) + 2
+    return "\n".join(f"{name:<{width}}" + "".join(f"{count:>{cell}}" for count in row)
+                     for name, row in zip(class_names, matrix))
+
+
 def _ratio(part: int, whole: int) -> float:
     return float(part / whole) if whole else float("nan")
 

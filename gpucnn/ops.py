@@ -256,7 +256,7 @@ def _window(where: str, x_shape: tuple[int, ...], size: IntOrPair, stride: IntOr
         hint = "; add a batch axis with x[None]" if len(x_shape) == 3 else ""
         raise ValueError(f"{where}: expected NHWC input with 4 dimensions, got {len(x_shape)}: "
                          f"{tuple(x_shape)}{hint}")
-    return make_window(where, size, stride, padding, dilation, tuple(x_shape[1:3]))
+    return make_window(where, size, stride, padding, dilation, (x_shape[1], x_shape[2]))
 
 
 def _pool_window(where: str, x_shape: tuple[int, ...], size: IntOrPair,

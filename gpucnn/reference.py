@@ -10,7 +10,7 @@ the derivative of the loss with respect to z. Everything is computed and returne
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,9 @@ HORIZONTAL_EDGES = VERTICAL_EDGES.T
 def convolve(f: Array, h: Array) -> Array:
     """G[m, n] = (f * h)[m, n] = sum_j sum_k h[j, k] f[m + j, n + k], for an image f, a kernel h.
 
-    The article's formula has f[m - j, n - k], which reads the kernel backwards. Its pictures, and
-    all networks, lay the kernel on the image as it stands (statisticians say cross-correlation).
-    With rot180(h) for h the one is the other. "Valid": h never leaves the image.
+    The article's formula has f[m - j, n - k], which reads the kernel backwards. Neural networks
+    lay the kernel on the image as it stands (elsewhere that is called a cross-correlation); with
+    rot180(h) for h the one becomes the other. "Valid": h never leaves the image.
     """
     g = np.zeros((output_size(f.shape[0], h.shape[0]), output_size(f.shape[1], h.shape[1])))
     for m, n in np.ndindex(*g.shape):
@@ -89,8 +89,8 @@ def conv2d(x: Any, w: Any, b: Any = None, *, stride: IntOrPair = 1, padding: Pad
     z = np.zeros((len(a), *window.out_size(*a.shape[1:3]), c_out))
     for i, m, k, o in np.ndindex(*z.shape):
         first = o // (c_out // groups) * depth           # where this filter's channels begin
-        patch = padded[i, _under(m, window.sh, kh, window.dh), _under(k, window.sw, kw, window.dw),
-                       first:first + depth]
+        patch = padded[i, _under(m, window.sh, kh, window.dh),
+                       _under(k, window.sw, kw, window.dw), first:first + depth]
         z[i, m, k, o] = np.vdot(patch, w[..., o]) + (0 if b is None else b[o])
     return z if activation is None else ACTIVATIONS[activation][0](z)
 
@@ -119,8 +119,8 @@ def _filter_gradient(dz: Array, a: Array, w_shape: tuple[int, ...], window: Wind
     dw = np.zeros(w_shape)
     for ky, kx, c, o in np.ndindex(*w_shape):
         first = o // (c_out // groups) * w_shape[2]
-        patch = padded[:, _under(ky, window.dh, oh, window.sh), _under(kx, window.dw, ow, window.sw),
-                       first + c]
+        patch = padded[:, _under(ky, window.dh, oh, window.sh),
+                       _under(kx, window.dw, ow, window.sw), first + c]
         dw[ky, kx, c, o] = np.vdot(patch, dz[..., o])
     return dw
 
@@ -166,7 +166,7 @@ def _sigmoid(z: Array) -> Array:
 
 
 # name: (g, g'). The slope 0.01 is LeakyReLU's usual one.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
     "relu": (lambda z: np.maximum(z, 0), lambda z: np.where(z <= 0, 0., 1.)),
     "leaky_relu": (lambda z: np.where(z <= 0, 0.01 * z, z), lambda z: np.where(z <= 0, 0.01, 1.)),
     "sigmoid": (_sigmoid, lambda z: _sigmoid(z) * (1 - _sigmoid(z))),
@@ -307,7 +307,7 @@ def softmax_cross_entropy(logits: Any, labels: Any, *,
     for i in range(n):
         q = np.full(classes, label_smoothing / classes)
         q[labels[i]] += 1 - label_smoothing
-        shifted = logits[i] - np.max(logits[i])          # softmax does not change; exp cannot overflow
+        shifted = logits[i] - np.max(logits[i])          # the same softmax, and no exp overflows
         log_p = shifted - np.log(np.sum(np.exp(shifted)))
         loss -= np.sum(q * log_p) / n
         dlogits[i] = (np.exp(log_p) - q) / n

@@ -56,11 +56,6 @@ def normal(shape: tuple[int, ...], key: int, stream: int = 0) -> np.ndarray:
     return (np.sqrt(-2 * np.log(u)) * np.cos(2 * np.pi * v)).reshape(shape)
 
 
-def permutation(size: int, key: int, stream: int = 0) -> np.ndarray:
-    """The numbers 0 to size - 1 in random order, int64 (size,): the order of `size` random words."""
-    return np.argsort(random_words(size, key, stream), kind="stable")
-
-
 def drop_threshold(rate: float) -> int:
     """A random word below it means "drop": a share `rate` of all words, to within 2^-32."""
     return round(rate * 2**32)

@@ -110,9 +110,11 @@ def test_read_idx_refuses_damaged_gzip(tmp_path, content, message):
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gz"])
 @pytest.mark.parametrize(("shape", "content"), [
-    ((2**32 - 1,) * 3, b"xx"),                    # row 29: far more than the file can hold
-    ((1000, 1000, 100), bytes(200_000)),          # row 29: possible as gzip, but not there
-    ((10,), bytes(50_000_000)),                   # a bomb: promises 10 bytes, unpacks to 50 MB
+    ((2**32 - 1,) * 3, b"xx"),
+    # Possible for a gzip file of this size, but not there.
+    ((1000, 1000, 100), np.random.default_rng(0).bytes(200_000)),
+    # Promises 10 bytes and unpacks to 50 MB.
+    ((10,), bytes(50_000_000)),
 ], ids=["row29 absurd", "row29 promises 100 MB", "bomb"])
 def test_read_idx_allocates_only_what_is_there(tmp_path, pack, shape, content):
     path = tmp_path / "f"

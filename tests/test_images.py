@@ -188,7 +188,8 @@ def jpeg(tmp_path, rng):
     (lambda jpeg: jpeg[:-500], "image file is truncated"),
     (lambda jpeg: png_header(8, 8), "image file is truncated|unrecognized data stream"),
     (lambda jpeg: b"\0\0\0\x18ftypheic" + bytes(99), "no known format"),
-], ids=["empty", "text", "header cut", "end cut", "no pixels", "heic"])
+    (lambda jpeg: b"P6\n1\xb7 16\n255\n", "invalid literal"),
+], ids=["empty", "text", "header cut", "end cut", "no pixels", "heic", "ppm of a wrong size"])
 def test_row38_unreadable_images_are_named(tmp_path, jpeg, damage, cause):
     path = tmp_path / "cat.png"
     path.write_bytes(damage(jpeg))

@@ -58,12 +58,13 @@ def test_a_wild_step_does_not_squeeze_the_curves(tmp_path, saved):
     assert loss.get_ylim() == (0, pytest.approx(1.1 * 2.3))
 
 
-@pytest.mark.parametrize(("epochs", "step_loss"), [(1, None), (0, None), (2, float("nan"))],
-                         ids=["one epoch", "none finished", "a NaN"])
-def test_curves_of_odd_histories(tmp_path, epochs, step_loss):
+@pytest.mark.parametrize(("epochs", "losses"), [
+    (0, {}), (1, {}), (2, {0: np.nan}), (2, {0: np.nan, -1: np.inf})],
+    ids=["no epoch finished", "one epoch", "a NaN", "NaN and infinity"])
+def test_curves_of_odd_histories(tmp_path, epochs, losses):
     h = history(epochs)
-    if step_loss is not None:
-        h["step_loss"][-1] = step_loss
+    for i, value in losses.items():
+        h["step_loss"][i] = value
     viz.plot_curves(h, tmp_path / "curves.png")
     assert image.imread(tmp_path / "curves.png").shape[1] > 1000
 

@@ -34,7 +34,7 @@ class Backend(Protocol):
 
     @property
     def block_bytes(self) -> int:
-        """How large a block of im2col columns may be; convolution works through the batch in them."""
+        """How large the im2col columns of one block of images may be (gpucnn/convolution.py)."""
 
     def asarray(self, a: Any, dtype: Any = None) -> Array:
         """a as a C-contiguous array of this backend, copied only if it must be."""

@@ -80,7 +80,7 @@ def read_signatures(directory: Path, file: str) -> dict[str, list[Parameter]]:
 
 
 def check_arguments(kernel: str, parameters: list[Parameter], args: tuple, vec: int,
-                    array_type: type, device: int) -> tuple[list[Any], Variant]:
+                    array_type: Any, device: int) -> tuple[list[Any], Variant]:
     """The arguments as the kernel declares them, and the variant that they ask for.
 
     Raises TypeError, naming the kernel and the argument, for a wrong count, dtype, device,
@@ -89,7 +89,7 @@ def check_arguments(kernel: str, parameters: list[Parameter], args: tuple, vec: 
     if len(args) != len(parameters):
         raise TypeError(f"{kernel} takes {len(parameters)} arguments, got {len(args)}")
     checked: list[Any] = []
-    types: dict[str, np.dtype] = {}
+    types: dict[str, Any] = {}
     largest = 0
     for parameter, arg in zip(parameters, args):
         try:
@@ -133,7 +133,7 @@ class Kernel:
 
 
 def launch_grid(threads: int) -> int:
-    """How many blocks to launch: enough for each thread, or the most that a grid-stride loop needs."""
+    """How many blocks to launch; past the most, each thread of a grid-stride loop does more."""
     return min(-(-threads // BLOCK), MAX_GRID)
 
 
@@ -177,7 +177,7 @@ def _parse(file: str, kernel: str, text: str) -> Parameter:
     return parameter
 
 
-def _bind(parameter: Parameter, dtype: np.dtype, types: dict[str, np.dtype]) -> np.dtype:
+def _bind(parameter: Parameter, dtype: np.dtype, types: dict[str, Any]) -> np.dtype:
     """The dtype that the parameter has in this launch; the first array binds a typedef's name."""
     if parameter.ctype in _DTYPES:
         return _DTYPES[parameter.ctype]
@@ -190,8 +190,8 @@ def _bind(parameter: Parameter, dtype: np.dtype, types: dict[str, np.dtype]) -> 
     return types[parameter.ctype]
 
 
-def _check_array(parameter: Parameter, arg: Any, types: dict[str, np.dtype], vec: int,
-                 array_type: type, device: int) -> None:
+def _check_array(parameter: Parameter, arg: Any, types: dict[str, Any], vec: int,
+                 array_type: Any, device: int) -> None:
     if not isinstance(arg, array_type):
         raise TypeError(f"{type(arg).__name__} is not an array of this backend")
     wanted = _bind(parameter, arg.dtype, types)
@@ -205,7 +205,7 @@ def _check_array(parameter: Parameter, arg: Any, types: dict[str, np.dtype], vec
         raise TypeError(f"not aligned to the {vec * arg.itemsize} bytes that a thread reads")
 
 
-def _check_scalar(parameter: Parameter, arg: Any, types: dict[str, np.dtype]) -> np.generic:
+def _check_scalar(parameter: Parameter, arg: Any, types: dict[str, Any]) -> Any:
     if parameter.ctype in _TYPEDEFS and parameter.ctype not in types:
         raise TypeError(f"no array before it says what {parameter.ctype} is")
     wanted = types.get(parameter.ctype) or _DTYPES[parameter.ctype]

@@ -9,10 +9,10 @@ import os
 from pathlib import Path
 
 from gpucnn.data import fashion_mnist_subset
-from gpucnn.data._files import PathLike, one_line
 from gpucnn.data.dataset import Dataset
 from gpucnn.data.idx import read_idx
 from gpucnn.errors import DataError
+from gpucnn.files import PathLike, one_line
 
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
                "Bag", "Ankle boot")

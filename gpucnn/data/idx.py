@@ -15,8 +15,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from gpucnn.data._files import PathLike, one_line, open_file
 from gpucnn.errors import DataError
+from gpucnn.files import PathLike, one_line, open_file
 
 _UNSIGNED_BYTE = 0x08
 _TYPE_NAMES = {0x09: "int8", 0x0B: "int16", 0x0C: "int32", 0x0D: "float32", 0x0E: "float64"}

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpucnn.data._files import PathLike, one_line, open_file
 from gpucnn.data.loader import to_float
 from gpucnn.errors import DataError
+from gpucnn.files import PathLike, one_line, open_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -68,8 +68,8 @@ def _decode(path: PathLike, name: str, mode: str) -> Image.Image:
         except UnidentifiedImageError as e:
             cause = "no known format" if os.fstat(file.fileno()).st_size else "empty file"
             raise DataError(f"{name}: not a readable image ({cause})") from e
-        # Pillow's decoders raise almost anything on damaged bytes: OSError, SyntaxError,
-        # ValueError, EOFError, struct.error, ...
+        # Pillow's decoders raise almost anything on damaged bytes: OSError, ValueError,
+        # SyntaxError, RuntimeError, ...
         except Exception as e:
             cause = one_line(e) or type(e).__name__
             raise DataError(f"{name}: not a readable image ({cause})") from e

@@ -12,10 +12,10 @@ from gpucnn.backend import Array, get_backend
 from gpucnn.ops import as_array
 
 Shape = tuple[int, ...]
-Initializer = Callable[[Shape, int], np.ndarray]  # (shape, key) -> float64 array
-# Random numbers of one model never share a key: parameter i draws from stream i, dropout layers
-# from a key of their own.
-_DROPOUT_KEY = 0xD809_0000_0000_0000
+Initializer = Callable[[Shape, int, int], np.ndarray]  # (shape, key, stream) -> float64 array
+# The random numbers of one seed never overlap: parameter i of a model draws from stream i of the
+# key `seed`, layer i from a key of its own that has these high bits.
+_LAYER_KEYS = 0xD809_0000_0000_0000
 
 
 class Parameter:
@@ -65,7 +65,9 @@ class Layer:
         self.output_shape: Shape = ()
         self.own_parameters: dict[str, Parameter] = {}
         self.own_buffers: dict[str, Array] = {}
-        self.dropout_key = _DROPOUT_KEY
+        self.decayed_size = 0
+        self.flat_data: Array = None
+        self.flat_grad: Array = None
         self._saved: Any = None
 
     # What a subclass provides.
@@ -84,6 +86,9 @@ class Layer:
         Raises RuntimeError without such a forward pass, or the second time.
         """
         raise NotImplementedError
+
+    def make_state(self, key: int) -> None:
+        """Make what the layer keeps beside its parameters. key: for random numbers of its own."""
 
     def multiply_adds(self) -> int:
         """Multiplications, each with its addition, in the forward pass of one sample."""
@@ -105,29 +110,26 @@ class Layer:
         `flat_grad`: first those that weight decay applies to, then biases and norms. The same
         seed gives the same numbers on every backend.
         """
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"{self.where}: seed must be from 0 to 2**32 - 1, got {seed}")
         if np.dtype(dtype) not in (np.float32, np.float64):
             raise TypeError(f"{self.where}: dtype must be float32 or float64, got {dtype}")
         self.output_shape = self.declare_at(tuple(input_shape), self.path)
-        parameters = self.parameters()
-        order = sorted(parameters.values(), key=lambda p: not p.decay)
-        self.decayed_size = sum(p.size for p in order if p.decay)
-        host = np.concatenate([p.initializer(p.shape, 0).ravel() for p in []] or [np.empty(0)])
-        host = np.empty(sum(p.size for p in order), dtype)
-        keys = {id(p): (seed, stream) for stream, p in enumerate(parameters.values())}
-        offsets: list[tuple[Parameter, slice]] = []
-        start = 0
-        for p in order:
-            offsets.append((p, slice(start, start + p.size)))
-            host[offsets[-1][1]] = p.initializer(p.shape, *keys[id(p)]).ravel()
-            start += p.size
-        self.flat_data = self.backend.asarray(host)
+        drawn = [p.initializer(p.shape, seed, stream)
+                 for stream, p in enumerate(self.parameters().values())]
+        order = sorted(zip(self.parameters().values(), drawn), key=lambda pair: not pair[0].decay)
+        self.decayed_size = sum(p.size for p, _ in order if p.decay)
+        flat = np.concatenate([np.empty(0), *(values.ravel() for _, values in order)])
+        self.flat_data = self.backend.asarray(flat, dtype)
         self.flat_grad = self.backend.xp.zeros_like(self.flat_data)
-        for p, place in offsets:
-            p.data = self.flat_data[place].reshape(p.shape)
-            p.grad = self.flat_grad[place].reshape(p.shape)
+        start = 0
+        for p, _ in order:
+            p.data = self.flat_data[start:start + p.size].reshape(p.shape)
+            p.grad = self.flat_grad[start:start + p.size].reshape(p.shape)
+            start += p.size
         for number, layer in enumerate(self.walk()):
             layer.dtype, layer.built = np.dtype(dtype), True
-            layer.dropout_key = _DROPOUT_KEY ^ (seed << 16) ^ number
+            layer.make_state(_LAYER_KEYS ^ (seed << 16) ^ number)
         return self.output_shape
 
     def declare_at(self, input_shape: Shape, path: str) -> Shape:
@@ -200,6 +202,22 @@ class Layer:
         saved, self._saved = self._saved, None
         return saved
 
+    def receive_gradient(self, dy: Array, shape: Shape) -> Array:
+        """dy as the layer computes with it; raises ValueError unless it has the output's shape."""
+        if dy.shape != shape:
+            raise ValueError(f"{self.where}: the gradient has shape {dy.shape}, the output of the "
+                             f"last forward pass had {shape}")
+        return self.backend.asarray(dy, self.dtype)
+
+    def summary(self, input_shape: Shape) -> None:
+        """Print a table: each layer's output shape, parameters and multiply-adds.
+
+        Its last column holds the weights that a dense layer between the same shapes would need:
+        the article's point about sparse connections and shared weights.
+        """
+        from gpucnn.layers.summary import summary_table
+        print(summary_table(self, tuple(input_shape)))
+
     def _check_shape(self, shape: Shape, ndim: int | None) -> None:
         if ndim is None:
             return
@@ -217,18 +235,19 @@ class Layer:
 # Initializers, equal on every backend because they are drawn on the host.
 
 
-def he_normal(fan_in: int) -> Any:
+def he_normal(fan_in: int) -> Initializer:
     """Normal with variance 2 / fan_in (He et al. 2015), which keeps the scale through ReLUs."""
     return lambda shape, key, stream: (2 / fan_in) ** 0.5 * rng.normal(shape, key, stream)
 
 
-def glorot_uniform(fan_in: int, fan_out: int) -> Any:
+def glorot_uniform(fan_in: int, fan_out: int) -> Initializer:
     """Uniform in ±sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010)."""
     limit = (6 / (fan_in + fan_out)) ** 0.5
     return lambda shape, key, stream: limit * (2 * rng.uniform(shape, key, stream) - 1)
 
 
-def constant(value: float) -> Any:
+def constant(value: float) -> Initializer:
+    """The same value everywhere."""
     return lambda shape, key, stream: np.full(shape, value)
 
 

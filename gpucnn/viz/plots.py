@@ -9,12 +9,12 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gpucnn import metrics
+from gpucnn.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +45,7 @@ def plot_curves(history: Mapping[str, Any], path: str | os.PathLike[str]) -> Non
     Raises ImportError where matplotlib is missing, OSError where the file cannot be written.
     """
     figure = _figure(10, 4)
-    loss_axes, accuracy_axes = figure.subplots(1, 2, gridspec_kw={"wspace": 0.22})
+    loss_axes, accuracy_axes = figure.subplots(1, 2, gridspec_kw={"wspace": 0.24})
     epoch = history["epoch"]
     marked = {"linewidth": 1.8, "marker": "o", "markersize": 5}
 
@@ -87,7 +87,8 @@ def plot_confusion(matrix: np.ndarray, class_names: Sequence[str],
         raise ValueError(f"plot_confusion: matrix is {matrix.shape}, but {n} class names need "
                          f"{(n, n)}")
     fraction = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    side = 0.62 * n if n <= _MAX_COUNTS else 0.25 * min(n, _MAX_NAMES)  # inches
+    # Inches: at least 3, so that the bar's label fits beside two or three classes.
+    side = max(3, 0.62 * n if n <= _MAX_COUNTS else 0.25 * min(n, _MAX_NAMES))
     figure = _figure(side, side)
     # The matrix fills the figure and all else stands outside, where _save makes room for it: so
     # the cells have one size however long the names are.
@@ -135,7 +136,7 @@ def _figure(width: float, height: float) -> Figure:
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=200, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
@@ -159,10 +160,4 @@ def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     png = io.BytesIO()
     # "tight" fits the picture to what was drawn, so that no label is cut off.
     figure.savefig(png, format="png", bbox_inches="tight", pad_inches=0.12)
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_bytes(png.getvalue())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_atomically(path, png.getvalue())

@@ -1,0 +1,135 @@
+"""What the scripts share: errors on one line, exit codes, the backend, and finding a run.
+
+Exit codes: 0 success, 1 failure, 2 wrong usage, 130 and 143 for SIGINT and SIGTERM.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpucnn.backend import Backend, get_backend
+from gpucnn.data import Dataset, fashion_mnist
+from gpucnn.errors import BackendError, DataError, GpucnnError
+from gpucnn.files import one_line
+from gpucnn.layers import Layer
+from gpucnn.models import load_model
+
+MODEL_FILE = "model.safetensors"
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done as asked: exit code 2."""
+
+
+def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser) -> None:
+    """Parse the command line, call main, and exit.
+
+    Failures are one line on standard error; --debug shows the traceback instead.
+    """
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = main(arguments) or 0
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except (GpucnnError, UsageError, ValueError, TypeError, OSError, ImportError,
+            MemoryError) as e:
+        if arguments.debug:
+            raise
+        print(f"gpucnn: error: {one_line(e) or type(e).__name__}", file=sys.stderr)
+        code = 2 if isinstance(e, UsageError) else 1
+    sys.exit(code)
+
+
+def choose_backend() -> Backend:
+    """The backend that GPUCNN_BACKEND asks for, said on standard error. Raises UsageError."""
+    chosen = os.environ.get("GPUCNN_BACKEND", "auto")
+    try:
+        backend = get_backend()
+    except (BackendError, ValueError) as e:
+        raise UsageError(str(e)) from e
+    if chosen != "auto":  # which says so itself
+        print(f"gpucnn: backend {backend.name} (GPUCNN_BACKEND={chosen})", file=sys.stderr)
+    return backend
+
+
+def device_name(backend: Backend) -> str:
+    """The GPU's name, or "cpu"."""
+    if backend.name != "cupy":
+        return "cpu"
+    runtime: Any = backend.xp.cuda.runtime
+    return runtime.getDeviceProperties(backend.xp.cuda.Device().id)["name"].decode()
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", choices=("subset", "full"), default="subset",
+                       help="Fashion-MNIST: the 10,000 + 2,000 images that ship with gpucnn, or "
+                            "all 70,000 (default: %(default)s)")
+    group.add_argument("--data-dir", metavar="DIR",
+                       help="the folder of the four IDX files, for --data full; otherwise "
+                            "GPUCNN_DATA_DIR, the Debian package, the user's cache, or a download")
+
+
+def load_data(arguments: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    """The training and the test set that the arguments name."""
+    if arguments.data_dir and arguments.data == "subset":
+        raise UsageError("--data-dir goes with --data full; the subset ships with gpucnn")
+    return fashion_mnist.load(arguments.data_dir, subset=arguments.data == "subset")
+
+
+def add_run_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", metavar="PATH", type=Path,
+                        help="a run folder or a .safetensors file (default: the newest of runs/)")
+
+
+def load_run(path: Path | None) -> tuple[Layer, dict[str, Any]]:
+    """The model of a run, and its metadata; says which on standard error.
+
+    Raises DataError where there is none.
+    """
+    if path is None:
+        runs = sorted(Path("runs").glob(f"*/{MODEL_FILE}"), key=lambda p: p.stat().st_mtime)
+        if not runs:
+            raise DataError("no trained model under runs/; train one with scripts/train.py, or "
+                            "give one with --run")
+        path = runs[-1]
+    elif path.suffix != ".safetensors":
+        path = path / MODEL_FILE
+    if not path.exists():
+        raise DataError(f"{one_line(path)}: no such model; give a run folder or a .safetensors "
+                        "file with --run")
+    print(f"gpucnn: model {one_line(path)}", file=sys.stderr)
+    return load_model(path)
+
+
+def positive_int(text: str) -> int:
+    """An argparse type."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 1, got {text}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """An argparse type."""
+    value = float(text)
+    if not (value > 0 and np.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"must be > 0 and finite, got {text}")
+    return value
+
+
+def _terminate(number: int, frame: Any) -> None:
+    sys.exit(128 + number)

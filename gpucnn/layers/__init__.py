@@ -1,0 +1,63 @@
+"""All layers, and from_config(), which makes a layer again from its config()."""
+from __future__ import annotations
+
+from typing import Any
+
+from gpucnn.errors import ModelFormatError
+from gpucnn.layers.activation import LeakyReLU, ReLU, Sigmoid, Softmax, Tanh
+from gpucnn.layers.base import Layer, Parameter
+from gpucnn.layers.container import Concat, Residual, Sequential
+from gpucnn.layers.conv import Conv2D
+from gpucnn.layers.dense import Dense
+from gpucnn.layers.dropout import Dropout
+from gpucnn.layers.norm import BatchNorm
+from gpucnn.layers.pool import AvgPool2D, GlobalAvgPool2D, MaxPool2D
+from gpucnn.layers.shape import Flatten
+
+__all__ = [
+    "AvgPool2D",
+    "BatchNorm",
+    "Concat",
+    "Conv2D",
+    "Dense",
+    "Dropout",
+    "Flatten",
+    "GlobalAvgPool2D",
+    "Layer",
+    "LeakyReLU",
+    "MaxPool2D",
+    "Parameter",
+    "ReLU",
+    "Residual",
+    "Sequential",
+    "Sigmoid",
+    "Softmax",
+    "Tanh",
+    "from_config",
+]
+
+_CLASSES = {name: globals()[name] for name in __all__
+            if name not in ("Layer", "Parameter", "from_config")}
+
+
+def from_config(config: dict[str, Any]) -> Layer:
+    """The layer that config() described, on the backend in use now, not yet built.
+
+    Raises ModelFormatError for a class or an argument that this version does not know.
+    """
+    arguments = {k: _revive(v) for k, v in config.items() if k != "class"}
+    if config.get("class") not in _CLASSES:
+        raise ModelFormatError(f"layer class {config.get('class')!r} is not known; known: "
+                               f"{', '.join(sorted(_CLASSES))}")
+    try:
+        return _CLASSES[config["class"]](**arguments)
+    except (TypeError, ValueError) as e:
+        raise ModelFormatError(f"layer {config['class']} cannot be made: {e}") from e
+
+
+def _revive(value: Any) -> Any:
+    if isinstance(value, dict) and "class" in value:
+        return from_config(value)
+    if isinstance(value, list):
+        return [_revive(v) for v in value]
+    return value

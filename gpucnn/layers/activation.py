@@ -1,0 +1,74 @@
+"""Activations as layers of their own. Conv2D and Dense can hold them inside instead."""
+from __future__ import annotations
+
+from gpucnn.activations import LEAKY_SLOPE, activate, activation_backward
+from gpucnn.backend import Array
+from gpucnn.layers.base import Layer
+from gpucnn.numerics import log_sum_exp
+
+
+class _Pointwise(Layer):
+    """A = g(Z), element by element; a subclass names g."""
+
+    slope = LEAKY_SLOPE
+
+    def forward(self, x: Array, training: bool = False) -> Array:
+        a = activate(self.backend.xp, self.kind, self.receive(x).copy(), self.slope)
+        self.save(training, a)
+        return a
+
+    def backward(self, dy: Array) -> Array:
+        (a,) = self.take_saved()
+        da = self.receive_gradient(dy, a.shape)
+        return activation_backward(self.backend.xp, self.kind, da, a, self.slope)
+
+
+class ReLU(_Pointwise):
+    """max(0, z)."""
+
+    kind = "relu"
+
+
+class LeakyReLU(_Pointwise):
+    """z where z >= 0, else slope * z, with 0 < slope < 1."""
+
+    kind = "leaky_relu"
+
+    def __init__(self, slope: float = LEAKY_SLOPE, **options):
+        super().__init__(**options)
+        if not 0 < slope < 1:
+            raise ValueError(f"{self.where}: slope must be between 0 and 1, got {slope}")
+        self.slope = slope
+
+
+class Sigmoid(_Pointwise):
+    """1 / (1 + exp(-z))."""
+
+    kind = "sigmoid"
+
+
+class Tanh(_Pointwise):
+    """tanh(z)."""
+
+    kind = "tanh"
+
+
+class Softmax(Layer):
+    """exp(z) / sum exp(z) over the last axis, for probabilities out of a trained net.
+
+    Train on the logits with SoftmaxCrossEntropy, which is more accurate than its logarithm.
+    """
+
+    kind = "softmax"
+
+    def forward(self, x: Array, training: bool = False) -> Array:
+        x = self.receive(x)
+        xp = self.backend.xp
+        y = xp.exp(x - log_sum_exp(xp, x))
+        self.save(training, y)
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        (y,) = self.take_saved()
+        dy = self.receive_gradient(dy, y.shape)
+        return y * (dy - (dy * y).sum(axis=-1, keepdims=True))

@@ -1,0 +1,130 @@
+"""Layers made of layers."""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from gpucnn.backend import Array
+from gpucnn.layers.base import Layer, Shape
+
+
+class Sequential(Layer):
+    """Each layer's output is the next one's input.
+
+    Layers without a name are called by their kind and number: conv1, conv2, pool1, ...
+    """
+
+    kind = "sequential"
+
+    def __init__(self, layers: Sequence[Layer], **options):
+        super().__init__(**options)
+        self.layers = list(layers)
+        self._children = _name_layers(self, self.layers)
+
+    def children(self) -> dict[str, Layer]:
+        return self._children
+
+    def declare(self, input_shape: Shape) -> Shape:
+        for name, layer in self._children.items():
+            input_shape = layer.declare_at(input_shape, _inside(self, name))
+        return input_shape
+
+    def forward(self, x: Array, training: bool = False) -> Array:
+        for layer in self.layers:
+            x = layer.forward(x, training)
+        return x
+
+    def backward(self, dy: Array) -> Array:
+        for layer in reversed(self.layers):
+            dy = layer.backward(dy)
+        return dy
+
+
+class Residual(Layer):
+    """y = body(x) + shortcut(x) (He et al. 2016).
+
+    shortcut: None for x itself, which needs a body that keeps the shape.
+    """
+
+    kind = "residual"
+
+    def __init__(self, body: Layer, shortcut: Layer | None = None, **options):
+        super().__init__(**options)
+        self.body = body
+        self.shortcut = shortcut
+
+    def children(self) -> dict[str, Layer]:
+        return {"body": self.body} | ({"shortcut": self.shortcut} if self.shortcut else {})
+
+    def declare(self, input_shape: Shape) -> Shape:
+        shapes = {name: layer.declare_at(input_shape, _inside(self, name))
+                  for name, layer in self.children().items()}
+        other = shapes.get("shortcut", input_shape)
+        if shapes["body"] != other:
+            raise ValueError(f"{self.where}: the body gives {shapes['body']}, the shortcut "
+                             f"{other}; they are added and must be equal")
+        return other
+
+    def forward(self, x: Array, training: bool = False) -> Array:
+        y = self.body.forward(x, training)
+        return y + (self.shortcut.forward(x, training) if self.shortcut else self.receive(x))
+
+    def backward(self, dy: Array) -> Array:
+        dx = self.body.backward(dy)
+        return dx + (self.shortcut.backward(dy) if self.shortcut else dy)
+
+
+class Concat(Layer):
+    """The outputs of all branches, each given the same x, joined along the channels."""
+
+    kind = "concat"
+
+    def __init__(self, branches: Sequence[Layer], **options):
+        super().__init__(**options)
+        if not branches:
+            raise ValueError(f"{self.where}: needs at least one branch")
+        self.branches = list(branches)
+        self._children = _name_layers(self, self.branches)
+
+    def children(self) -> dict[str, Layer]:
+        return self._children
+
+    def declare(self, input_shape: Shape) -> Shape:
+        shapes = [layer.declare_at(input_shape, _inside(self, name))
+                  for name, layer in self._children.items()]
+        if len({shape[:-1] for shape in shapes}) > 1:
+            raise ValueError(f"{self.where}: the branches give {shapes}; all but the last number "
+                             "must be equal")
+        return (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
+
+    def forward(self, x: Array, training: bool = False) -> Array:
+        parts = [layer.forward(x, training) for layer in self.branches]
+        return self.backend.xp.concatenate(parts, axis=-1)
+
+    def backward(self, dy: Array) -> Array:
+        dx, start = None, 0
+        for layer in self.branches:
+            end = start + layer.output_shape[-1]
+            part = layer.backward(dy[..., start:end])
+            dx = part if dx is None else dx + part
+            start = end
+        return dx
+
+
+def _name_layers(parent: Layer, layers: Sequence[Layer]) -> dict[str, Layer]:
+    numbers: Counter[str] = Counter()
+    named: dict[str, Layer] = {}
+    for layer in layers:
+        numbers[layer.kind] += 1
+        name = layer.name or f"{layer.kind}{numbers[layer.kind]}"
+        if name in named:
+            raise ValueError(f"{parent.where}: two layers are called {name!r}; give each its own "
+                             "name")
+        if any(layer is other for other in named.values()):
+            raise ValueError(f"{parent.where}: {name!r} stands in it twice; make a second layer")
+        named[name] = layer
+    return named
+
+
+def _inside(parent: Layer, name: str) -> str:
+    return f"{parent.path}/{name}" if parent.path else name

@@ -1,0 +1,76 @@
+"""The convolution layer of the article."""
+from __future__ import annotations
+
+import math
+
+from gpucnn import activations, convolution
+from gpucnn.backend import Array
+from gpucnn.geometry import IntOrPair, Padding, Window, check_groups, make_window, pair
+from gpucnn.layers.base import Layer, Parameter, Shape, constant, he_normal
+from gpucnn.ops import check_channels
+
+
+class Conv2D(Layer):
+    """Z = W * A + b, then A = g(Z): (n, h, w, c) -> (n, oh, ow, filters).
+
+    filters: how many, the channels of the output.
+    kernel_size, stride, dilation, padding, groups, activation: as in gpucnn.ops.conv2d.
+    bias: whether there is a b; batch normalisation after it would take it out again.
+
+    Parameters: w (kh, kw, c / groups, filters), He's normal distribution; b (filters,), 0.
+    """
+
+    kind = "conv"
+    w: Parameter
+    b: Parameter | None
+
+    def __init__(self, filters: int, kernel_size: IntOrPair = 3, *, stride: IntOrPair = 1,
+                 padding: Padding = 0, dilation: IntOrPair = 1, groups: int = 1,
+                 activation: str | None = None, bias: bool = True, **options):
+        super().__init__(**options)
+        self.filters, _ = pair(self.where, "filters", filters)
+        self.kernel_size = pair(self.where, "kernel_size", kernel_size)
+        self.stride = pair(self.where, "stride", stride)
+        self.dilation = pair(self.where, "dilation", dilation)
+        self.padding = padding
+        self.groups = groups
+        self.activation = activation
+        self.bias = bias
+        activations.check_name(self.where, activation)
+
+    def declare(self, input_shape: Shape) -> Shape:
+        self._check_shape((1, *input_shape), 4)
+        c = input_shape[2]
+        check_groups(self.where, self.groups, c, self.filters)
+        fan_in = math.prod(self.kernel_size) * c // self.groups
+        self.w = self.add_parameter("w", (*self.kernel_size, c // self.groups, self.filters),
+                                    he_normal(fan_in), decay=True)
+        self.b = self.add_parameter("b", (self.filters,), constant(0), decay=False) \
+            if self.bias else None
+        return (*self._window((1, *input_shape)).out_size(*input_shape[:2]), self.filters)
+
+    def forward(self, x: Array, training: bool = False) -> Array:
+        x = self.receive(x, 4)
+        check_channels(self.where, x.shape, self.w.shape[2], self.groups)
+        window = self._window(x.shape)
+        a = convolution.conv2d(self.backend, x, self.w.data, self.b.data if self.b else None,
+                               window, self.groups, self.activation)
+        self.save(training, x, a, window)
+        return a
+
+    def backward(self, dy: Array) -> Array:
+        x, a, window = self.take_saved()
+        da = self.receive_gradient(dy, a.shape)
+        dz = activations.activation_backward(self.backend.xp, self.activation, da, a)
+        dx, self.w.grad[...], db = convolution.conv2d_backward(
+            self.backend, dz, x, self.w.data, window, self.groups)
+        if self.b:
+            self.b.grad[...] = db
+        return dx
+
+    def multiply_adds(self) -> int:
+        return math.prod(self.output_shape[:2]) * self.w.size
+
+    def _window(self, x_shape: Shape) -> Window:
+        return make_window(self.where, self.kernel_size, self.stride, self.padding, self.dilation,
+                           (x_shape[1], x_shape[2]), size_name="kernel_size")

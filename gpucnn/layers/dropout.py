@@ -1,0 +1,39 @@
+"""Dropout."""
+from __future__ import annotations
+
+from gpucnn.backend import Array
+from gpucnn.layers.base import Layer
+
+
+class Dropout(Layer):
+    """In training, zeroes each element with probability `rate` and divides the rest by 1 - rate.
+
+    Srivastava et al. 2014. The mask is a function of the model's seed, the layer and the number of
+    the training step (gpucnn.rng): the backward pass draws it again, and it is the same on every
+    backend. At other times the layer does nothing.
+    """
+
+    kind = "dropout"
+
+    def __init__(self, rate: float = 0.5, **options):
+        super().__init__(**options)
+        if not 0 <= rate < 1:
+            raise ValueError(f"{self.where}: rate must be >= 0 and < 1, got {rate}")
+        self.rate = rate
+
+    def make_state(self, key: int) -> None:
+        self.key = key
+        self.step = 0  # counts forward passes in training
+
+    def forward(self, x: Array, training: bool = False) -> Array:
+        x = self.receive(x)
+        self.save(training, x.shape, self.step)
+        if not training or self.rate == 0:
+            return x
+        self.step += 1
+        return self.backend.dropout(x, self.rate, self.key, self.step - 1)
+
+    def backward(self, dy: Array) -> Array:
+        shape, step = self.take_saved()
+        dy = self.receive_gradient(dy, shape)
+        return self.backend.dropout(dy, self.rate, self.key, step) if self.rate else dy

@@ -1,0 +1,104 @@
+"""Pooling layers: the largest or the mean value of each window, channel by channel."""
+from __future__ import annotations
+
+from gpucnn.backend import Array
+from gpucnn.geometry import IntOrPair, Padding, Window, check_pool_window, make_window, pair
+from gpucnn.layers.base import Layer, Shape
+
+
+class MaxPool2D(Layer):
+    """The maximum of each window: (n, h, w, c) -> (n, oh, ow, c). Arguments as ops.max_pool2d's.
+
+    The backward pass sends each gradient to the place that the mask holds, and 0 elsewhere.
+    """
+
+    kind = "pool"
+
+    def __init__(self, size: IntOrPair = 2, *, stride: IntOrPair | None = None,
+                 padding: Padding = 0, dilation: IntOrPair = 1, **options):
+        super().__init__(**options)
+        self.size = pair(self.where, "size", size)
+        self.stride = self.size if stride is None else pair(self.where, "stride", stride)
+        self.padding = padding
+        self.dilation = pair(self.where, "dilation", dilation)
+
+    def declare(self, input_shape: Shape) -> Shape:
+        self._check_shape((1, *input_shape), 4)
+        return (*self._window((1, *input_shape)).out_size(*input_shape[:2]), input_shape[2])
+
+    def forward(self, x: Array, training: bool = False) -> Array:
+        x = self.receive(x, 4)
+        window = self._window(x.shape)
+        y, mask = self.backend.max_pool(x, window)
+        self.save(training, mask, x.shape, window)
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        mask, x_shape, window = self.take_saved()
+        dy = self.receive_gradient(dy, mask.shape)
+        return self.backend.max_pool_backward(dy, mask, x_shape, window)
+
+    def _window(self, x_shape: Shape) -> Window:
+        return _pool_window(self, x_shape, self.dilation)
+
+
+class AvgPool2D(Layer):
+    """The mean of each window: (n, h, w, c) -> (n, oh, ow, c). Padding is not counted.
+
+    The backward pass shares each gradient out evenly over the pixels of its window.
+    """
+
+    kind = "pool"
+
+    def __init__(self, size: IntOrPair = 2, *, stride: IntOrPair | None = None,
+                 padding: Padding = 0, **options):
+        super().__init__(**options)
+        self.size = pair(self.where, "size", size)
+        self.stride = self.size if stride is None else pair(self.where, "stride", stride)
+        self.padding = padding
+
+    def declare(self, input_shape: Shape) -> Shape:
+        self._check_shape((1, *input_shape), 4)
+        window = _pool_window(self, (1, *input_shape), 1)
+        return (*window.out_size(*input_shape[:2]), input_shape[2])
+
+    def forward(self, x: Array, training: bool = False) -> Array:
+        x = self.receive(x, 4)
+        window = _pool_window(self, x.shape, 1)
+        y = self.backend.avg_pool(x, window)
+        self.save(training, y.shape, x.shape, window)
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        y_shape, x_shape, window = self.take_saved()
+        dy = self.receive_gradient(dy, y_shape)
+        return self.backend.avg_pool_backward(dy, x_shape, window)
+
+
+class GlobalAvgPool2D(Layer):
+    """The mean of each channel over the whole image: (n, h, w, c) -> (n, c)."""
+
+    kind = "pool"
+
+    def declare(self, input_shape: Shape) -> Shape:
+        self._check_shape((1, *input_shape), 4)
+        return (input_shape[2],)
+
+    def forward(self, x: Array, training: bool = False) -> Array:
+        x = self.receive(x, 4)
+        self.save(training, x.shape)
+        return x.mean(axis=(1, 2))
+
+    def backward(self, dy: Array) -> Array:
+        (x_shape,) = self.take_saved()
+        n, h, w, c = x_shape
+        dy = self.receive_gradient(dy, (n, c))
+        return self.backend.asarray(
+            self.backend.xp.broadcast_to(dy[:, None, None, :] / (h * w), x_shape))
+
+
+def _pool_window(layer: MaxPool2D | AvgPool2D, x_shape: Shape, dilation: IntOrPair) -> Window:
+    h, w = x_shape[1], x_shape[2]
+    window = make_window(layer.where, layer.size, layer.stride, layer.padding, dilation, (h, w))
+    check_pool_window(layer.where, window, h, w)
+    return window

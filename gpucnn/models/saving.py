@@ -1,0 +1,128 @@
+"""A model on disk: NAME.safetensors with the arrays, NAME.json with how to build the model.
+
+Both are written under a temporary name and renamed, so that a reader finds the old or the new
+file, whole, even after a kill or on a full disk. Nothing is ever unpickled. Arrays are saved as
+they lie in NumPy's memory, so a model saved on one backend loads on the other.
+"""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from gpucnn._version import __version__
+from gpucnn.errors import CheckpointError, ModelFormatError
+from gpucnn.files import PathLike, one_line, write_atomically
+from gpucnn.layers import Layer, from_config
+
+FORMAT = 1
+
+
+def save_model(model: Layer, path: PathLike, **metadata: Any) -> None:
+    """Write a built model to `path` and to the .json beside it.
+
+    path: ends in .safetensors.
+    metadata: what the model's users need beside it, such as class_names; JSON must be able to
+        hold it. load_model returns it.
+
+    Raises CheckpointError where the files cannot be written; what was there before stays.
+    """
+    path = _checked(path)
+    if not model.built:
+        raise RuntimeError("save_model needs a built model; call model.build(input_shape)")
+    to_numpy = model.backend.to_numpy
+    arrays = {name: to_numpy(p.data) for name, p in model.parameters().items()}
+    arrays |= {name: to_numpy(layer.own_buffers[key])
+               for name, (layer, key) in model.buffers().items()}
+    # safetensors writes the memory as it lies, which for a transposed view is another array.
+    arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
+    description = {"format": FORMAT, "gpucnn": __version__, "input_shape": model.input_shape,
+                   "dtype": str(model.dtype), "model": model.config(), "metadata": metadata}
+    try:
+        text = json.dumps(description, indent=1)
+        write_atomically(path, safetensors.numpy.save(arrays, {"format": str(FORMAT)}))
+        write_atomically(path.with_suffix(".json"), text.encode())
+    except OSError as e:
+        raise CheckpointError(f"cannot write {one_line(path)}: {e.strerror or e}") from e
+
+
+def load_model(path: PathLike) -> tuple[Layer, dict[str, Any]]:
+    """The saved model, built, on the backend in use now; and its metadata.
+
+    Raises FileNotFoundError, CheckpointError for damaged or unfitting weights, ModelFormatError
+    for a description that cannot be turned into a model.
+    """
+    path = _checked(path)
+    description = _read_description(path.with_suffix(".json"))
+    try:
+        model = from_config(description["model"])
+        model.build(tuple(description["input_shape"]), dtype=description["dtype"])
+    except (KeyError, TypeError, ValueError, ModelFormatError) as e:
+        cause = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) else e
+        raise ModelFormatError(f"{one_line(path.with_suffix('.json'))}: {cause}") from e
+    load_weights(model, path)
+    return model, description.get("metadata", {})
+
+
+def load_weights(model: Layer, path: PathLike) -> None:
+    """Read the parameters and buffers of a built model from a .safetensors file.
+
+    Raises FileNotFoundError, or CheckpointError that lists everything that does not fit; then
+    the model is unchanged.
+    """
+    path = _checked(path)
+    saved = _read_arrays(path)
+    parameters, buffers = model.parameters(), model.buffers()
+    wanted = {name: (p.shape, model.dtype) for name, p in parameters.items()}
+    wanted |= {name: (layer.own_buffers[key].shape, model.dtype)
+               for name, (layer, key) in buffers.items()}
+    problems = [f"missing {name}" for name in wanted if name not in saved]
+    problems += [f"unexpected {name}" for name in saved if name not in wanted]
+    for name, (shape, dtype) in wanted.items():
+        if name in saved and saved[name].shape != shape:
+            problems.append(f"{name} is {saved[name].shape}, model wants {shape}")
+        elif name in saved and saved[name].dtype != dtype:
+            problems.append(f"{name} is {saved[name].dtype}, model wants {dtype}")
+    if problems:
+        raise CheckpointError(f"{one_line(path)} does not fit this model: {'; '.join(problems)}")
+    for name, p in parameters.items():
+        p.data[...] = model.backend.asarray(saved[name])
+    for name, (layer, key) in buffers.items():
+        layer.own_buffers[key][...] = model.backend.asarray(saved[name])
+
+
+def _checked(path: PathLike) -> Path:
+    path = Path(path)
+    if path.suffix in (".pt", ".pth", ".pkl", ".pickle"):
+        raise ModelFormatError(f"{one_line(path)} is a pickle file, which gpucnn never loads; "
+                               "convert it to .safetensors")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"a model's path must end in .safetensors, got {one_line(path)}")
+    return path
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_bytes())
+        written, version = description["format"], description["gpucnn"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ModelFormatError(f"{one_line(path)}: not the description of a gpucnn model "
+                               f"({one_line(e)})") from e
+    if not isinstance(written, int) or written > FORMAT:
+        raise CheckpointError(f"{one_line(path)}: written by gpucnn {version} (format {written}); "
+                              f"this is {__version__} (format {FORMAT}); pip install -U gpucnn")
+    return description
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    data = path.read_bytes()
+    try:
+        return safetensors.numpy.load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError) as e:
+        raise CheckpointError(f"{one_line(path)}: damaged ({one_line(e)})") from e
+
+

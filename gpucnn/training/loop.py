@@ -1,0 +1,100 @@
+"""One step of training, and what is measured between the steps."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpucnn.backend import Array
+from gpucnn.errors import DataError, TrainingError
+from gpucnn.layers import Layer
+from gpucnn.losses import SoftmaxCrossEntropy
+from gpucnn.numerics import log_sum_exp
+from gpucnn.optim import Optimizer
+
+Loss = Callable[[Array, Array], tuple[Array, Array]]
+Batches = Iterable[tuple[np.ndarray, np.ndarray]]
+
+
+def train_step(model: Layer, loss: Loss, optimizer: Optimizer, x: Any, t: Any, *,
+               clip_norm: float | None = None) -> tuple[float, int]:
+    """Forward, backward and update on one batch.
+
+    x: (n, h, w, c) images, t: (n,) labels; host arrays are moved to the model's backend.
+    clip_norm: None, or the largest norm that all gradients together may have.
+
+    Returns (mean loss, how many of the n were classified right before the update). The update is
+    left out where the loss is not finite: the caller decides what then (check_finite).
+    """
+    backend = model.backend
+    t = backend.asarray(t)
+    logits = model.forward(backend.asarray(x, model.dtype), training=True)
+    value, dlogits = loss(logits, t)
+    hits = int((logits.argmax(axis=1) == t).sum())
+    if not np.isfinite(float(value)):
+        return float(value), hits
+    model.backward(dlogits)
+    if clip_norm is not None:
+        optimizer.clip_gradients(clip_norm)
+    optimizer.step()
+    return float(value), hits
+
+
+def check_finite(loss: float, *, epoch: int, step: int, learning_rate: float,
+                 last_good: str | None) -> None:
+    """Raise TrainingError if the loss is nan or infinite.
+
+    epoch and step count from 1; last_good: the last model that was saved, None if none was.
+    """
+    if np.isfinite(loss):
+        return
+    saved = f"last good model: {last_good}" if last_good else "no model was saved yet"
+    raise TrainingError(f"loss is {loss} at epoch {epoch} step {step} (lr {learning_rate:g}); "
+                        f"{saved}; lower the learning rate or use --clip-norm")
+
+
+class Evaluation(NamedTuple):
+    """What a model makes of a labelled data set of n images."""
+
+    loss: float               # mean cross-entropy in nats
+    accuracy: float           # the share classified right
+    labels: np.ndarray        # (n,)
+    predictions: np.ndarray   # (n,)
+
+
+def evaluate(model: Layer, batches: Batches) -> Evaluation:
+    """The model's loss and predictions over all batches of (images, labels).
+
+    Raises DataError for a data set without samples.
+    """
+    loss, total = SoftmaxCrossEntropy(), 0.0
+    labels: list[np.ndarray] = []
+    predictions: list[np.ndarray] = []
+    for x, t in batches:
+        if not len(t):
+            continue
+        logits = model.forward(model.backend.asarray(x, model.dtype))
+        value, _ = loss(logits, t)
+        total += float(value) * len(t)
+        labels.append(np.asarray(t))
+        predictions.append(model.backend.to_numpy(logits.argmax(axis=1)))
+    if not labels:
+        raise DataError("the data set has 0 samples; nothing to evaluate")
+    t, p = np.concatenate(labels), np.concatenate(predictions)
+    return Evaluation(total / len(t), float((t == p).mean()), t, p)
+
+
+def predict(model: Layer, x: np.ndarray, names: list[str] | None = None) -> np.ndarray:
+    """The probability of each class for images x (n, h, w, c) on the host: float32 (n, classes).
+
+    names: how to call the images in a message. Raises ValueError for an image that holds NaN.
+    """
+    for i, image in enumerate(x):
+        wrong = int(np.isnan(image).sum())
+        if wrong:
+            name = f" ({names[i]})" if names else ""
+            raise ValueError(f"image {i}{name} holds {wrong} NaN values")
+    backend = model.backend
+    logits = model.forward(backend.asarray(x, model.dtype))
+    return backend.to_numpy(backend.xp.exp(logits - log_sum_exp(backend.xp, logits)))

@@ -1,0 +1,165 @@
+"""Train a network on Fashion-MNIST and leave the model, its curves and its metrics in a folder."""
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import gpucnn
+from gpucnn import cli, losses, metrics, optim
+from gpucnn.data import Dataset, Loader
+from gpucnn.files import write_atomically
+from gpucnn.models import MODELS, save_model
+from gpucnn.training import check_finite, evaluate, train_step
+from gpucnn.viz import plot_confusion, plot_curves, require_matplotlib
+
+OPTIMIZERS = {
+    "sgd": (optim.GradientDescent, {}),
+    "momentum": (optim.Momentum, {}),
+    "nesterov": (optim.Momentum, {"nesterov": True}),
+    "rmsprop": (optim.RMSProp, {}),
+    "adam": (optim.Adam, {}),
+    "adamw": (optim.AdamW, {}),
+}
+EVALUATION_BATCH = 500
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="train.py", description=__doc__)
+    cli.add_data_arguments(p)
+    p.add_argument("--model", choices=MODELS, default="article",
+                   help="the network (default: %(default)s)")
+    p.add_argument("--epochs", type=cli.positive_int, default=3, help="(default: %(default)s)")
+    p.add_argument("--batch-size", type=cli.positive_int, default=64, help="(default: %(default)s)")
+    p.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="(default: %(default)s)")
+    p.add_argument("--learning-rate", type=cli.positive_float, metavar="ETA",
+                   help="(default: the optimizer's own)")
+    p.add_argument("--label-smoothing", type=float, default=0.0, metavar="S",
+                   help="share of each label given to all classes (default: %(default)s)")
+    p.add_argument("--clip-norm", type=cli.positive_float, metavar="NORM",
+                   help="scale gradients down to this joint norm (default: do not)")
+    p.add_argument("--seed", type=int, default=0,
+                   help="of initial weights, shuffling and dropout (default: %(default)s)")
+    p.add_argument("--train-images", type=cli.positive_int, metavar="N",
+                   help="train on the first N images only")
+    p.add_argument("--test-images", type=cli.positive_int, metavar="N",
+                   help="test on the first N images only")
+    p.add_argument("--out", type=Path, metavar="DIR",
+                   help="the run folder (default: a new one under runs/)")
+    return p
+
+
+def main(arguments: argparse.Namespace) -> None:
+    backend = cli.choose_backend()
+    require_matplotlib()
+    train_set, test_set = cli.load_data(arguments)
+    train_set = first(train_set, arguments.train_images)
+    test_set = first(test_set, arguments.test_images)
+
+    model = MODELS[arguments.model](train_set.n_classes)
+    model.build(train_set.images.shape[1:], seed=arguments.seed)
+    loss = losses.SoftmaxCrossEntropy(arguments.label_smoothing)
+    make_optimizer, options = OPTIMIZERS[arguments.optimizer]
+    if arguments.learning_rate:
+        options = options | {"learning_rate": arguments.learning_rate}
+    optimizer = make_optimizer(model, **options)
+    loader = Loader(train_set, arguments.batch_size, seed=arguments.seed)
+    run = make_run_folder(arguments)
+    print(f"{arguments.model}: {sum(p.size for p in model.parameters().values()):,} parameters; "
+          f"{len(train_set):,} training and {len(test_set):,} test images; "
+          f"{arguments.optimizer}, learning rate {optimizer.learning_rate:g}, batches of "
+          f"{arguments.batch_size}")
+
+    history: dict[str, Any] = {name: [] for name in (
+        "step", "step_loss", "epoch", "train_loss", "train_accuracy", "test_loss",
+        "test_accuracy")}
+    history["steps_per_epoch"] = len(loader)
+    training_seconds, last_good = 0.0, None
+    for epoch in range(1, arguments.epochs + 1):
+        started = time.perf_counter()
+        train_loss, train_accuracy = train_epoch(
+            model, loss, optimizer, loader, epoch, arguments, history, last_good)
+        training_seconds += time.perf_counter() - started
+        test = evaluate(model, Loader(test_set, EVALUATION_BATCH).epoch())
+        for name, value in (("epoch", epoch), ("train_loss", train_loss),
+                            ("train_accuracy", train_accuracy), ("test_loss", test.loss),
+                            ("test_accuracy", test.accuracy)):
+            history[name].append(value)
+        save_model(model, run / cli.MODEL_FILE, class_names=train_set.class_names,
+                   trained_on=train_set.name)
+        last_good = str(run / cli.MODEL_FILE)
+        print(f"epoch {epoch}/{arguments.epochs}: loss {train_loss:.4f}, accuracy "
+              f"{train_accuracy:.4f}, test loss {test.loss:.4f}, test accuracy "
+              f"{test.accuracy:.4f}, {len(train_set) * epoch / training_seconds:.0f} images/s",
+              flush=True)
+
+    matrix = metrics.confusion_matrix(test.labels, test.predictions, test_set.n_classes)
+    plot_curves(history, run / "curves.png")
+    plot_confusion(matrix, test_set.class_names, run / "confusion.png")
+    write_json(run / "history.json", history)
+    write_json(run / "metrics.json", {
+        "test_accuracy": test.accuracy, "test_loss": test.loss, "seconds": training_seconds,
+        "images_per_second": len(train_set) * arguments.epochs / training_seconds,
+        "backend": backend.name, "device": cli.device_name(backend), "model": arguments.model,
+        "epochs": arguments.epochs, "batch_size": arguments.batch_size,
+        "optimizer": arguments.optimizer, "learning_rate": optimizer.learning_rate,
+        "label_smoothing": arguments.label_smoothing, "clip_norm": arguments.clip_norm,
+        "seed": arguments.seed, "train_set": train_set.name, "train_images": len(train_set),
+        "test_images": len(test_set), "versions": {
+            "gpucnn": gpucnn.__version__, "python": platform.python_version(),
+            "numpy": np.__version__, backend.name: backend.xp.__version__}})
+    print(run)
+
+
+def train_epoch(model, loss, optimizer, loader, epoch, arguments, history, last_good):
+    """One pass over the training set: its mean loss and accuracy."""
+    seen = hits = 0
+    total = 0.0
+    with tqdm(total=len(loader.dataset), unit="images", desc=f"epoch {epoch}/{arguments.epochs}",
+              disable=None if sys.stderr.isatty() else True, leave=False) as bar:
+        for step, (x, t) in enumerate(loader.epoch(epoch - 1), 1):
+            value, right = train_step(model, loss, optimizer, x, t, clip_norm=arguments.clip_norm)
+            check_finite(value, epoch=epoch, step=step, learning_rate=optimizer.learning_rate,
+                         last_good=last_good)
+            history["step"].append(optimizer.steps)
+            history["step_loss"].append(value)
+            seen, hits, total = seen + len(t), hits + right, total + value * len(t)
+            bar.update(len(t))
+            bar.set_postfix(loss=f"{total / seen:.4f}", accuracy=f"{hits / seen:.4f}",
+                            refresh=False)
+    return total / seen, hits / seen
+
+
+def first(dataset: Dataset, n: int | None) -> Dataset:
+    return Dataset(dataset.images[:n], dataset.labels[:n], dataset.class_names, dataset.name)
+
+
+def make_run_folder(arguments: argparse.Namespace) -> Path:
+    """--out, or a new folder named by the time. Raises FileExistsError where a run is there."""
+    if arguments.out is None:
+        runs = Path("runs")
+        name = f"{arguments.model}-{datetime.now():%Y%m%d-%H%M%S}"
+        numbered = (runs / (name if n == 1 else f"{name}-{n}") for n in range(1, 1000))
+        run = next(r for r in numbered if not r.exists())
+    else:
+        run = arguments.out
+        if (run / cli.MODEL_FILE).exists():
+            raise FileExistsError(f"{run} already holds a run; choose another --out")
+    run.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=1).encode())
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())

@@ -1,0 +1,58 @@
+"""The backends that the one body of tests runs on.
+
+"cupy" is the real CuPy where there is a GPU. Elsewhere it is CuPy's place taken by tests.gpusim,
+which runs the project's own CUDA sources on the CPU, built by the host's C++ compiler. The first
+lines of pytest's output say which.
+"""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpucnn.backend import cupy_obstacle, make_backend, use_backend
+from tests import gpusim
+
+_NO_GPU = cupy_obstacle()
+_SIMULATED, _WHY_NOT = gpusim.available() if _NO_GPU else (False, "")
+if _SIMULATED:
+    gpusim.install()
+    make_backend.cache_clear()
+CUPY_RUNS = not _NO_GPU or _SIMULATED
+
+
+def pytest_report_header() -> str:
+    if not _NO_GPU:
+        return "gpucnn: the cupy backend runs on this machine's GPU"
+    if _SIMULATED:
+        return ("gpucnn: the cupy backend's kernels run on the CPU through tests/gpusim, "
+                f"because {_NO_GPU}")
+    return f"gpucnn: the cupy backend is not tested: {_NO_GPU}; and {_WHY_NOT}"
+
+
+needs_cupy = pytest.mark.skipif(not CUPY_RUNS, reason=f"{_NO_GPU}; {_WHY_NOT}")
+BACKENDS = ["numpy", pytest.param("cupy", marks=needs_cupy)]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and _NO_GPU:
+            item.add_marker(pytest.mark.skip(reason=_NO_GPU))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with use_backend(request.param) as chosen:
+        yield chosen
+
+
+@pytest.fixture
+def cupy_backend():
+    if not CUPY_RUNS:
+        pytest.skip(f"{_NO_GPU}; {_WHY_NOT}")
+    with use_backend("cupy") as chosen:
+        yield chosen
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
