@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from gpucnn.backend import Array
+from gpucnn.numerics import zero_unless
 
 NAMES = ("relu", "leaky_relu", "sigmoid", "tanh")
 LEAKY_SLOPE = 0.01
@@ -43,7 +44,7 @@ def activation_backward(xp: Any, name: str | None, da: Array, a: Array,
                         slope: float = LEAKY_SLOPE) -> Array:
     """dZ = dA g'(Z), given A = g(Z). Shapes and dtypes as dA's; neither input is written."""
     if name == "relu":
-        return xp.where(a <= 0, da.dtype.type(0), da)
+        return zero_unless(a > 0, da)
     if name == "leaky_relu":
         return da * xp.where(a < 0, da.dtype.type(slope), da.dtype.type(1))
     if name == "tanh":

@@ -1,7 +1,9 @@
-"""Sums that stay accurate in float32, shared by every backend."""
+"""Sums that stay accurate in float32, and a choice that is exact and fast; for every backend."""
 from __future__ import annotations
 
 from typing import Any
+
+import numpy as np
 
 from gpucnn.backend import Array
 
@@ -13,6 +15,16 @@ def sum_rows(xp: Any, matrix: Array) -> Array:
     another and loses three digits over a few hundred thousand rows.
     """
     return xp.ones(len(matrix), matrix.dtype) @ matrix
+
+
+def zero_unless(keep: Array, values: Array) -> Array:
+    """values where keep (bool, the same shape) is true, else 0: xp.where(keep, values, 0).
+
+    By a mask of bits: NumPy's conditional copies take ten times as long, and a product with 0 or 1
+    would turn an infinity that is not kept into NaN.
+    """
+    bits = np.dtype(f"i{values.itemsize}")
+    return (values.view(bits) & -keep.astype(bits)).view(values.dtype)
 
 
 def log_sum_exp(xp: Any, z: Array) -> Array:

@@ -66,7 +66,8 @@ def columns(case: Case) -> Arrays:
     x = _leaf(_nchw(case.arrays["x"]))
     unfolded = F.unfold(_pad(x, case, 0), (kh, kw), cases.pair(case.options["dilation"]), 0,
                         _stride(case))
-    cols = unfolded.reshape(n, c, kh * kw, -1).permute(0, 3, 2, 1).reshape(-1, kh * kw * c)
+    cols = unfolded.reshape(n, c, kh * kw, unfolded.shape[2]).permute(0, 3, 2, 1)
+    cols = cols.reshape(-1, kh * kw * c)
     cols.backward(_tensor(case.arrays["cols"]))
     return {"cols": cols.detach().numpy(), "x": _nhwc(x.grad)}
 

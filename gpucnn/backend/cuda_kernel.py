@@ -50,8 +50,11 @@ class Variant(NamedTuple):
 def kernel_dir() -> Path:
     """The folder of the .cu files: GPUCNN_KERNEL_DIR, else the installed or checked-out one."""
     chosen = os.environ.get("GPUCNN_KERNEL_DIR")
-    if chosen:
-        return Path(chosen)
+    return Path(chosen) if chosen else _own_kernel_dir()
+
+
+@functools.cache
+def _own_kernel_dir() -> Path:
     package = Path(__file__).resolve().parents[1]
     installed = package / "kernels"
     return installed if installed.is_dir() else package.parent / "kernels"
@@ -141,9 +144,8 @@ def compile_kernel(directory: Path, file: str, name: str, variant: Variant) -> A
     """The compiled function. Raises KernelError with the file, the line and the architecture."""
     import cupy
 
-    source = read_source(directory, file, variant)
     try:
-        return cupy.RawModule(code=source, options=("-std=c++17",)).get_function(name)
+        return _module(directory, file, variant).get_function(name)
     except cupy.cuda.compiler.CompileException as e:
         lines = str(e).splitlines()
         cause = next((line.strip() for line in lines if "error" in line), lines[0])
@@ -154,6 +156,14 @@ def compile_kernel(directory: Path, file: str, name: str, variant: Variant) -> A
             raise
         raise KernelError(f"kernels/{file}: CuPy cannot load the CUDA compiler NVRTC ({e}); "
                           "pip install 'gpucnn[cuda12]' or 'gpucnn[cuda13]'") from e
+
+
+@functools.cache
+def _module(directory: Path, file: str, variant: Variant) -> Any:
+    """What CuPy compiles, at the first get_function(), for all kernels of the file."""
+    import cupy
+
+    return cupy.RawModule(code=read_source(directory, file, variant), options=("-std=c++17",))
 
 
 def _read(directory: Path, file: str) -> str:

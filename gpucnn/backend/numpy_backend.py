@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpucnn.geometry import Window
+from gpucnn.numerics import zero_unless
 from gpucnn.rng import drop_threshold, random_words
 
 
@@ -48,10 +49,10 @@ class NumpyBackend:
         # is not place 0 where the window begins in the padding: there the mask starts with it.
         _mark_first_pixels(mask, x.shape, window)
         for place, pixels in _places(_pad(x, window, -np.inf), window, oh, ow):
-            larger = ~(pixels <= y)  # also true where either is NaN,
-            larger &= y == y         # and then only the first NaN counts
-            np.copyto(y, pixels, where=larger)
-            mask[larger] = place
+            larger = pixels > y
+            larger |= (pixels != pixels) > (y != y)  # the first NaN
+            np.maximum(mask, larger * mask.dtype.type(place), out=mask)
+            np.maximum(y, pixels, out=y)  # NaN if either is
         return y, mask
 
     def max_pool_backward(self, dy: np.ndarray, mask: np.ndarray, x_shape: tuple[int, ...],
@@ -59,7 +60,7 @@ class NumpyBackend:
         _, oh, ow, _ = dy.shape
         padded = np.zeros(_padded_shape(x_shape, window), dy.dtype)
         for place, pixels in _places(padded, window, oh, ow):
-            np.add(pixels, dy, out=pixels, where=mask == place)
+            pixels += zero_unless(mask == place, dy)
         return _unpad(padded, x_shape, window)
 
     def avg_pool(self, x: np.ndarray, window: Window) -> np.ndarray:
@@ -81,9 +82,7 @@ class NumpyBackend:
 
     def dropout(self, x: np.ndarray, rate: float, key: int, stream: int) -> np.ndarray:
         keep = random_words(x.size, key, stream).reshape(x.shape) >= drop_threshold(rate)
-        y = np.zeros_like(x)
-        np.multiply(x, x.dtype.type(1 / (1 - rate)), out=y, where=keep)
-        return y
+        return zero_unless(keep, x * x.dtype.type(1 / (1 - rate)))
 
 
 def _output_shape(x_shape: tuple[int, ...], window: Window) -> tuple[int, int, int, int]:
