@@ -135,8 +135,7 @@ def _input_gradient(dz: Array, a_shape: tuple[int, ...], w: Array, window: Windo
     (n, oh, ow, c_out), (_, h, width, c_in) = dz.shape, a_shape
     between = np.zeros((n, (oh - 1) * window.sh + 1, (ow - 1) * window.sw + 1, c_out))
     between[:, ::window.sh, ::window.sw] = dz
-    turned = np.concatenate([part.swapaxes(2, 3) for part in np.split(rot180(w), groups, axis=3)],
-                            axis=3)
+    turned = np.concatenate([v.swapaxes(2, 3) for v in np.split(rot180(w), groups, axis=3)], axis=3)
     eh, ew = window.effective
     full = conv2d(between, turned, padding=(eh - 1, ew - 1), dilation=(window.dh, window.dw),
                   groups=groups)
@@ -165,7 +164,7 @@ def _sigmoid(z: Array) -> Array:
     return 1 / (1 + np.exp(-z))
 
 
-# name: (g, g'). The slope 0.01 is LeakyReLU's usual one.
+# name: (g, g')
 ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
     "relu": (lambda z: np.maximum(z, 0), lambda z: np.where(z <= 0, 0., 1.)),
     "leaky_relu": (lambda z: np.where(z <= 0, 0.01 * z, z), lambda z: np.where(z <= 0, 0.01, 1.)),
@@ -197,7 +196,7 @@ def max_pool2d(x: Any, size: IntOrPair, *, stride: IntOrPair | None = None, padd
     first NaN beats every number. Returns y and the mask (integers), both (n, oh, ow, c).
     """
     x, window = _pool_arguments(x, size, stride, padding, dilation)
-    y = np.zeros(_pooled_shape(x.shape, window))
+    y = np.zeros((len(x), *window.out_size(*x.shape[1:3]), x.shape[3]))
     mask = np.zeros(y.shape, int)
     for i, m, k, c in np.ndindex(*y.shape):
         best, best_place = None, 0
@@ -229,7 +228,7 @@ def avg_pool2d(x: Any, size: IntOrPair, *, stride: IntOrPair | None = None,
                padding: Padding = 0) -> Array:
     """The mean of the pixels under each window, (n, oh, ow, c). Padding is not counted."""
     x, window = _pool_arguments(x, size, stride, padding, 1)
-    y = np.zeros(_pooled_shape(x.shape, window))
+    y = np.zeros((len(x), *window.out_size(*x.shape[1:3]), x.shape[3]))
     for i, m, k, c in np.ndindex(*y.shape):
         pixels = [x[i, iy, ix, c] for _, iy, ix in _pixels_under(window, m, k, x.shape)]
         y[i, m, k, c] = sum(pixels) / len(pixels)
@@ -255,11 +254,6 @@ def _pool_arguments(x: Any, size: IntOrPair, stride: IntOrPair | None, padding: 
                          x.shape[1:3])
     check_pool_window("pool", window, *x.shape[1:3])
     return x, window
-
-
-def _pooled_shape(x_shape: tuple[int, ...], window: Window) -> tuple[int, ...]:
-    n, h, w, c = x_shape
-    return n, *window.out_size(h, w), c
 
 
 def _pixels_under(window: Window, m: int, k: int,

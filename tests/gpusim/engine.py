@@ -1,0 +1,197 @@
+"""Compile a CUDA source with the host's C++ compiler, and launch its kernels on the CPU."""
+from __future__ import annotations
+
+import ctypes as C
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+CACHE = Path(tempfile.gettempdir()) / f"gpusim-{os.getuid()}"
+CXX = os.environ.get("CXX", "g++")
+ORDERS = ("ascending", "descending", "shuffled")
+_MAX_ACCESSES = 10**10
+
+_BASE = ["-std=c++17", "-g", "-w", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing",
+         "-fno-threadsafe-statics"]
+_CHECKED = ["-O1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
+            "--param=tsan-distinguish-volatile=1",
+            "-fsanitize=signed-integer-overflow,shift,integer-divide-by-zero,bounds,alignment,"
+            "float-cast-overflow,unreachable", "-fno-sanitize-recover=all"]
+_UNCHECKED = ["-O2"]
+# Fortified longjmp refuses to jump between the stacks of fibers.
+_RUNTIME = ["-std=c++17", "-O2", "-g", "-U_FORTIFY_SOURCE", "-fPIC", "-shared"]
+
+_KERNEL = re.compile(r'(extern\s+"C"\s+)?__global__\s+void\s+'
+                     r'(?:__launch_bounds__\s*\((\d+)[^)]*\)\s*)?(\w+)\s*\(([^)]*)\)\s*\{')
+_EXTERN_SHARED = re.compile(
+    r"extern\s+__shared__\s+(?:__align__\s*\(\s*\d+\s*\)\s*)?(\w+)\s+(\w+)\s*\[\s*\]\s*;")
+_SMALL_SHARED = re.compile(r"__shared__[^;]*\b(char|short|bool|u?int(8|16)_t)\b")
+
+
+class KernelFault(RuntimeError):
+    """A kernel did something that a GPU would fault on, or that is undefined there."""
+
+
+class CompileError(RuntimeError):
+    """The compiler's messages."""
+
+
+def available() -> tuple[bool, str]:
+    """Whether kernels can run here; if not, why."""
+    if shutil.which(CXX) is None:
+        return False, f"there is no C++ compiler ({CXX}) to run CUDA sources on the CPU"
+    if not Path("/proc/self/maps").exists():
+        return False, "running CUDA sources on the CPU needs Linux"
+    return True, ""
+
+
+class Kernel(NamedTuple):
+    """What the source says of a kernel."""
+
+    extern_c: bool
+    max_threads: int  # in a block
+    parameters: list[str]
+
+
+class Region(NamedTuple):
+    """Memory that a launch may touch."""
+
+    low: int
+    high: int
+    itemsize: int
+    writable: bool
+    name: str
+
+
+class _Region(C.Structure):
+    _fields_ = (("low", C.c_size_t), ("high", C.c_size_t), ("shift", C.c_uint32),
+                ("writable", C.c_uint32), ("name", C.c_char_p), ("cells", C.c_void_p),
+                ("kind", C.c_uint32))
+
+
+class _Launch(C.Structure):
+    _fields_ = (("grid", C.c_uint * 3), ("block", C.c_uint * 3), ("dynamic_shared", C.c_uint),
+                ("order", C.c_uint), ("seed", C.c_uint), ("checked", C.c_uint),
+                ("n_regions", C.c_uint), ("regions", C.POINTER(_Region)), ("entry", C.c_void_p),
+                ("args", C.POINTER(C.c_void_p)), ("max_accesses", C.c_uint64),
+                ("fault_address", C.c_size_t), ("fault", C.c_char * 400))
+
+
+class Module:
+    """A source, compiled. checked: with every memory access checked, else fast."""
+
+    def __init__(self, source: str, *, checked: bool = True):
+        self.source, self.checked = source, checked
+        self.kernels = {name: Kernel(bool(extern), int(bound or 1024),
+                                     [" ".join(p.split()) for p in parameters.split(",")])
+                        for extern, bound, name, parameters in
+                        _KERNEL.findall(_strip_comments(source))}
+        body = _EXTERN_SHARED.sub(r"\1* \2 = (\1*)gpusim_dynamic_shared();", source)
+        text = "\n".join([
+            '#include "device.h"', '#line 1 "kernel.cu"', body, '#line 1 "entries"',
+            *(f"GPUSIM_ENTRY({name})" for name in self.kernels),
+            'extern "C" __attribute__((weak, visibility("hidden")))'
+            " char __start_gpusim_shared[], __stop_gpusim_shared[];",
+            'extern "C" char* gpusim_shared_low() { return __start_gpusim_shared; }',
+            'extern "C" char* gpusim_shared_high() { return __stop_gpusim_shared; }', ""])
+        flags = _BASE + (_CHECKED if checked else _UNCHECKED)
+        runtime = _build_runtime()
+        key = _hash(text, *flags, runtime.name, (HERE / "device.h").read_text())
+        self.path = _build(CACHE / f"kernel-{key}.so",
+                           lambda out: _compile(text, flags, runtime, out))
+        self._runtime = C.CDLL(str(runtime), mode=C.RTLD_GLOBAL)
+        self._library = C.CDLL(str(self.path))
+        for bound in ("gpusim_shared_low", "gpusim_shared_high"):
+            getattr(self._library, bound).restype = C.c_void_p
+        mapped = [line.split()[0].split("-") for line in _read_lines("/proc/self/maps")
+                  if line.rstrip().endswith(str(self.path))]
+        self._low = min(int(low, 16) for low, _ in mapped)
+        self._high = max(int(high, 16) for _, high in mapped)
+
+    def signature(self, name: str) -> list[str]:
+        """The types of the kernel's parameters, such as Pcf4 for const float*; see device.h."""
+        function = getattr(self._library, f"gpusim_signature_{name}")
+        function.restype = C.c_char_p
+        return function().decode().split(",")[:-1]
+
+    def launch(self, name: str, grid: tuple[int, ...], block: tuple[int, ...], values: list[int],
+               regions: list[Region], dynamic_shared: int, order: str, seed: int) -> None:
+        """Run the kernel. values: the address of each argument's value. Raises KernelFault."""
+        c_regions = (_Region * max(1, len(regions)))(*(
+            _Region(r.low, r.high, {1: 0, 2: 1}.get(r.itemsize, 2), r.writable, r.name.encode())
+            for r in regions))
+        launch = _Launch(
+            grid=(C.c_uint * 3)(*grid), block=(C.c_uint * 3)(*block), dynamic_shared=dynamic_shared,
+            order=ORDERS.index(order), seed=seed, checked=self.checked, n_regions=len(regions),
+            regions=c_regions, args=(C.c_void_p * max(1, len(values)))(*values),
+            entry=C.cast(getattr(self._library, f"gpusim_call_{name}"), C.c_void_p).value,
+            max_accesses=_MAX_ACCESSES)
+        run = self._runtime.gpusim_launch
+        run.argtypes = [C.POINTER(_Launch), C.c_void_p, C.c_void_p, C.c_size_t, C.c_size_t,
+                        C.c_uint32]
+        # Shared memory is watched word by word, unless the source keeps something smaller there.
+        shared_shift = 0 if _SMALL_SHARED.search(self.source) else 2
+        if run(C.byref(launch), self._library.gpusim_shared_low(),
+               self._library.gpusim_shared_high(), self._low, self._high, shared_shift):
+            fault = launch.fault.decode(errors="replace")
+            raise KernelFault(f"{self._line_of(launch.fault_address)}: {name}: {fault}")
+
+    def _line_of(self, address: int) -> str:
+        """file:line of an address, in the innermost frame that is not in device.h."""
+        found = subprocess.run(["addr2line", "-i", "-e", self.path, hex(address - self._low - 1)],
+                               capture_output=True, text=True, check=False).stdout
+        lines = [Path(line.split(" (")[0]).name for line in found.splitlines()]
+        return next((line for line in lines if not line.startswith("device.h")), "?")
+
+
+def _compile(text: str, flags: list[str], runtime: Path, out: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        source, compiled = Path(folder) / "kernel.cpp", Path(folder) / "kernel.o"
+        source.write_text(text)
+        _run(CXX, *flags, f"-I{HERE}", "-c", "-o", compiled, source)
+        # Linked in a step of its own: with -fsanitize=thread the linker would bring in libtsan.
+        _run(CXX, "-shared", "-Wl,-Bsymbolic", "-o", out, compiled, runtime,
+             f"-Wl,-rpath,{runtime.parent}")
+
+
+@functools.cache
+def _build_runtime() -> Path:
+    source = HERE / "runtime.cpp"
+    key = _hash(source.read_text(), *_RUNTIME)
+    return _build(CACHE / f"runtime-{key}.so", lambda out: _run(CXX, *_RUNTIME, "-o", out, source))
+
+
+def _build(path: Path, make: Callable[[Path], None]) -> Path:
+    """path, made under a name of this process's own if it is not there: others may do the same."""
+    if not path.exists():
+        CACHE.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        make(temporary)
+        os.replace(temporary, path)
+    return path
+
+
+def _run(*command: object) -> None:
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise CompileError(result.stderr[:4000])
+
+
+def _read_lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines()
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+
+
+def _strip_comments(source: str) -> str:
+    return re.sub(r"//[^\n]*|/\*.*?\*/", " ", source, flags=re.S)

@@ -1,0 +1,346 @@
+"""A stand-in for CuPy: its arrays are NumPy arrays, its kernels run on the CPU.
+
+It is stricter than CuPy: each argument of a kernel is checked against the kernel's C signature, and
+nothing is converted between NumPy and the device unasked. Functions that are not here are NumPy's.
+"""
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import time
+import types
+from typing import Any
+
+import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
+
+from tests.gpusim import engine
+
+__version__ = f"{np.__version__}+gpusim"
+launches: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []  # (kernel, grid, block)
+options: dict[str, Any] = {"order": "ascending", "seed": 0}  # in which the threads of a block start
+
+_ALIGNMENT = 256                  # bytes, of CUDA's allocations
+_HUGE = 1 << 28                   # bytes; zeros of this size are mapped, and so cost nothing
+_MAX_GRID, _MAX_BLOCK = (2**31 - 1, 65535, 65535), (1024, 1024, 64)
+_MAX_DYNAMIC_SHARED = 48 << 10    # bytes, unless raised for the kernel
+_CAPABILITY = "90"
+
+
+class ndarray(NDArrayOperatorsMixin):
+    """An array "on the device": one that plain NumPy code cannot reach by accident."""
+
+    __module__ = "cupy"
+    __slots__ = ("_host",)
+    __array_priority__ = 100
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        if any(isinstance(i, np.ndarray) for i in inputs):
+            raise TypeError("Unsupported type <class 'numpy.ndarray'>")
+        return _wrap(getattr(ufunc, method)(*_unwrap(inputs), **_unwrap(kwargs)))
+
+    def __array_function__(self, function, kinds, args, kwargs):
+        return _wrap(function(*_unwrap(args), **_unwrap(kwargs)))
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()` "
+                        "to construct a NumPy array explicitly.")
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = getattr(self._host, name)
+        if not callable(value):
+            return _wrap(value)
+        return lambda *args, **kwargs: _wrap(value(*_unwrap(args), **_unwrap(kwargs)))
+
+    def __getitem__(self, index):
+        return _wrap(self._host[_unwrap(index)])
+
+    def __setitem__(self, index, value):
+        if isinstance(value, np.ndarray) and value.ndim:
+            raise TypeError("Unsupported type <class 'numpy.ndarray'>")
+        self._host[_unwrap(index)] = _unwrap(value)
+
+    def __iter__(self):
+        return (_wrap(item) for item in self._host)
+
+    def __len__(self):
+        return len(self._host)
+
+    def __float__(self):
+        return float(self._host)
+
+    def __int__(self):
+        return int(self._host)
+
+    def __index__(self):
+        return self._host.__index__()
+
+    def __bool__(self):
+        return bool(self._host)
+
+    def __repr__(self):
+        return repr(self._host)
+
+    def get(self):
+        return self._host.copy()
+
+    def set(self, array):
+        self._host[...] = array
+
+    @property
+    def data(self):
+        return types.SimpleNamespace(ptr=self._host.ctypes.data)
+
+    @property
+    def device(self):
+        return _Device(0)
+
+
+def _wrap(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = np.asarray(value)  # CuPy's reductions give arrays without dimensions, no scalars
+    if isinstance(value, np.ndarray):
+        array = object.__new__(ndarray)
+        array._host = _align(value)
+        return array
+    return type(value)(map(_wrap, value)) if type(value) in (tuple, list) else value
+
+
+def _unwrap(value: Any) -> Any:
+    if isinstance(value, ndarray):
+        return value._host
+    if type(value) in (tuple, list):
+        return type(value)(map(_unwrap, value))
+    return {k: _unwrap(v) for k, v in value.items()} if type(value) is dict else value
+
+
+def _align(array: np.ndarray) -> np.ndarray:
+    """The same, at an address as CUDA gives out; views keep their offset."""
+    if not array.flags.owndata or array.ctypes.data % _ALIGNMENT == 0:
+        return array
+    aligned = _allocate(array.nbytes).view(array.dtype)
+    if array.flags.f_contiguous and not array.flags.c_contiguous:
+        aligned = aligned.reshape(array.shape[::-1]).T
+    else:
+        aligned = aligned.reshape(array.shape)
+    aligned[...] = array
+    return aligned
+
+
+def _allocate(nbytes: int) -> np.ndarray:
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    return memory[-memory.ctypes.data % _ALIGNMENT:][:nbytes]
+
+
+def empty(shape, dtype=float, order="C"):
+    """Holds NaN and -1: a value that no kernel wrote shows."""
+    array = np.empty(shape, dtype, order)
+    array = _align(array)
+    if array.size:
+        array.reshape(-1).view(np.uint8)[...] = 0xFF
+    return _wrap(array)
+
+
+def empty_like(array, dtype=None):
+    return empty(array.shape, dtype or array.dtype)
+
+
+def zeros(shape, dtype=float):
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if nbytes < _HUGE:
+        return _wrap(np.zeros(shape, dtype))
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # NORESERVE
+    return _wrap(np.frombuffer(pages, dtype).reshape(shape))
+
+
+def array(value, dtype=None, copy=True):
+    return _wrap(np.array(_unwrap(value), dtype=dtype, order="C"))
+
+
+def asarray(value, dtype=None):
+    if isinstance(value, ndarray) and dtype in (None, value.dtype):
+        return value
+    return array(value, dtype)
+
+
+def ascontiguousarray(value, dtype=None):
+    return _wrap(np.ascontiguousarray(_unwrap(value), dtype))
+
+
+def asnumpy(value):
+    return value.get() if isinstance(value, ndarray) else np.asarray(value)
+
+
+def __getattr__(name: str) -> Any:
+    value = getattr(np, name)
+    if isinstance(value, type) or not callable(value):
+        return value
+    return lambda *args, **kwargs: _wrap(value(*_unwrap(args), **_unwrap(kwargs)))
+
+
+# ------------------------------------------------------------------------------------- kernels
+
+
+class RawModule:
+    def __init__(self, *, code, options=(), **ignored):
+        if not isinstance(options, tuple):
+            raise TypeError("options must be a tuple")
+        self._code = code
+        self._module: engine.Module | None = None
+
+    def get_function(self, name):
+        if self._module is None:  # CuPy too compiles at the first get_function
+            try:
+                self._module = engine.Module(
+                    self._code, checked=os.environ.get("GPUSIM_CHECKS", "on") != "off")
+            except engine.CompileError as e:
+                raise CompileException(str(e)) from None
+        kernel = self._module.kernels.get(name)
+        if kernel is None or not kernel.extern_c:
+            raise RuntimeError(f"CUDA_ERROR_NOT_FOUND: named symbol not found: {name} is not "
+                               'declared extern "C" __global__')
+        return RawKernel(self._module, name)
+
+
+class RawKernel:
+    def __init__(self, module: engine.Module, name: str):
+        self.name = name
+        self.max_dynamic_shared_size_bytes = _MAX_DYNAMIC_SHARED
+        self._module = module
+        self._signature = module.signature(name)
+        self._kernel = module.kernels[name]
+
+    def __call__(self, grid, block, args, *, shared_mem=0):
+        if not (isinstance(grid, tuple) and isinstance(block, tuple)):
+            raise TypeError("grid and block must be tuples")
+        # As in CuPy, missing sizes and zeros become 1.
+        grid = tuple(max(1, int(g)) for g in (*grid, 1, 1)[:3])
+        block = tuple(max(1, int(b)) for b in (*block, 1, 1)[:3])
+        over = any(g > m for g, m in zip(grid + block, _MAX_GRID + _MAX_BLOCK))
+        if over or np.prod(block) > min(1024, self._kernel.max_threads):
+            raise ValueError(f"{self.name}: grid {grid} or block {block} is over the limits of the "
+                             "device or the __launch_bounds__ of the kernel")
+        if shared_mem > self.max_dynamic_shared_size_bytes:
+            raise ValueError(f"{self.name}: {shared_mem} bytes of dynamic shared memory; set "
+                             "max_dynamic_shared_size_bytes first")
+        if len(args) != len(self._signature):
+            raise TypeError(f"{self.name} takes {len(self._signature)} arguments, got {len(args)}")
+        regions: list[tuple[engine.Region, bool]] = []
+        values = [self._value(i, arg, code, regions)
+                  for i, (arg, code) in enumerate(zip(args, self._signature))]
+        launches.append((self.name, grid, block))
+        self._module.launch(self.name, grid, block, [v.ctypes.data for v in values],
+                            _merge(self.name, regions), shared_mem, **options)
+
+    def _value(self, number: int, arg: Any, code: str, regions: list) -> np.ndarray:
+        """The bytes that the kernel receives; for an array, its address. Notes its memory."""
+        declared = self._kernel.parameters[number]
+        who = f"{self.name}: argument {number} ({declared})"
+        if code[0] == "P":
+            if not isinstance(arg, ndarray):
+                raise TypeError(f"{who} is a pointer; got {type(arg).__name__}")
+            if not arg.flags.c_contiguous:
+                raise ValueError(f"{who}: the array has strides {arg.strides}; a kernel gets only "
+                                 "its address")
+            if not _fits(code[2:], arg.dtype):
+                raise TypeError(f"{who}: the array is {arg.dtype}")
+            low = arg.data.ptr
+            name = f"argument {number} ({re.findall(r'[a-zA-Z_]+[0-9]*', declared)[-1]})"
+            regions.append((engine.Region(low, low + arg.nbytes, arg.dtype.itemsize,
+                                          code[1] == "m", name), "__restrict__" in declared))
+            return np.array([low], np.uint64)
+        if not isinstance(arg, np.generic):
+            raise TypeError(f"{who}: got a {type(arg).__name__}; CuPy passes Python numbers as 64 "
+                            "bits, so give a NumPy scalar of the parameter's type")
+        if not _fits(code, arg.dtype):
+            raise TypeError(f"{who}: got numpy.{arg.dtype}")
+        return np.array([arg])
+
+
+def _fits(code: str, dtype: np.dtype) -> bool:
+    """Has a C type such as i4 or f8 the layout of the dtype?"""
+    return (dtype.kind, dtype.itemsize) == (code[0], int(code[1:]))
+
+
+def _merge(kernel: str, regions: list[tuple[engine.Region, bool]]) -> list[engine.Region]:
+    """One region for each piece of memory. Raises ValueError where __restrict__ is broken."""
+    merged: list[tuple[engine.Region, bool]] = []
+    for region, restrict in sorted(regions, key=lambda r: r[0][:2]):
+        if merged and region.low < merged[-1][0].high:
+            other, other_restrict = merged[-1]
+            if ((other.writable and restrict and not region.writable)
+                    or (region.writable and other_restrict and not other.writable)):
+                raise ValueError(f"{kernel}: {other.name} and {region.name} overlap; one is const "
+                                 "__restrict__ and the other is written")
+            merged[-1] = engine.Region(
+                other.low, max(other.high, region.high), min(other.itemsize, region.itemsize),
+                other.writable or region.writable, f"{other.name} = {region.name}"), restrict
+        elif region.high > region.low:
+            merged.append((region, restrict))
+    return [region for region, _ in merged]
+
+
+# ------------------------------------------------------------------------------ the rest of CuPy
+
+
+class CompileException(Exception):
+    """cupy.cuda.compiler.CompileException."""
+
+
+class CUDARuntimeError(RuntimeError):
+    """cupy.cuda.runtime.CUDARuntimeError."""
+
+
+class OutOfMemoryError(MemoryError):
+    """cupy.cuda.memory.OutOfMemoryError."""
+
+
+class _Device:
+    compute_capability = _CAPABILITY
+
+    def __init__(self, number: int = 0):
+        self.id = number
+
+    def synchronize(self):
+        pass
+
+
+class _Event:
+    """The host's clock: a launch has ended when it returns."""
+
+    def __init__(self, *args, **kwargs):
+        self.seconds = 0.0
+
+    def record(self, stream=None):
+        self.seconds = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+
+class _Stream:
+    def synchronize(self):
+        pass
+
+
+def _device_properties(number: int) -> dict[str, Any]:
+    return {"name": b"gpusim (CPU)", "l2CacheSize": 1 << 20, "totalGlobalMem": 1 << 34,
+            "multiProcessorCount": 1}
+
+
+cuda = types.ModuleType("cupy.cuda")
+cuda.Device, cuda.Event, cuda.Stream = _Device, _Event, _Stream  # type: ignore[attr-defined]
+cuda.is_available = lambda: True  # type: ignore[attr-defined]
+cuda.get_elapsed_time = (  # type: ignore[attr-defined]
+    lambda start, end: 1e3 * (end.seconds - start.seconds))
+cuda.get_current_stream = _Stream  # type: ignore[attr-defined]
+cuda.compiler = types.SimpleNamespace(  # type: ignore[attr-defined]
+    CompileException=CompileException)
+cuda.memory = types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)  # type: ignore[attr-defined]
+cuda.runtime = types.SimpleNamespace(  # type: ignore[attr-defined]
+    CUDARuntimeError=CUDARuntimeError, getDeviceCount=lambda: 1, driverGetVersion=lambda: 13000,
+    runtimeGetVersion=lambda: 13000, getDeviceProperties=_device_properties,
+    memGetInfo=lambda: (1 << 34, 1 << 34))

@@ -1,0 +1,63 @@
+"""NVIDIA's run-time compiler by ctypes: it needs neither a GPU nor CuPy."""
+from __future__ import annotations
+
+import ctypes as C
+import ctypes.util
+import functools
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Compiled(NamedTuple):
+    """code: PTX for a compute_ architecture, else a cubin. log: the compiler's remarks."""
+
+    code: bytes
+    log: str
+
+
+class NvrtcError(RuntimeError):
+    """The source does not compile; the message is the compiler's log."""
+
+
+@functools.cache
+def find() -> tuple[C.CDLL | None, str]:
+    """The library, from the package nvidia-cuda-nvrtc or a CUDA toolkit; or None and why."""
+    folders = [p / "lib" for d in sys.path for pattern in ("nvidia/cu*", "nvidia/cuda_nvrtc")
+               for p in sorted(Path(d or ".").glob(pattern))]
+    for root in (os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        if root:
+            folders += [Path(root) / "lib64", Path(root) / "lib"]
+    for folder in folders:
+        for library in sorted(folder.glob("libnvrtc.so.*[0-9]")):
+            return C.CDLL(str(library)), ""
+    return None, "there is no NVRTC; pip install nvidia-cuda-nvrtc"
+
+
+def compile(source: str, file: str, architecture: str) -> Compiled:
+    """Compile for sm_NN (ptxas included) or compute_NN. Raises NvrtcError."""
+    library, reason = find()
+    if library is None:
+        raise NvrtcError(reason)
+    program = C.c_void_p()
+    library.nvrtcCreateProgram(C.byref(program), source.encode(), file.encode(), 0, None, None)
+    try:
+        options = [f"-arch={architecture}".encode(), b"-std=c++17"]
+        failed = library.nvrtcCompileProgram(program, len(options),
+                                             (C.c_char_p * len(options))(*options))
+        log = _get(library, program, "ProgramLog").decode(errors="replace").rstrip("\0\n")
+        if failed:
+            raise NvrtcError(log)
+        kind = "PTX" if architecture.startswith("compute") else "CUBIN"
+        return Compiled(_get(library, program, kind), log)
+    finally:
+        library.nvrtcDestroyProgram(C.byref(program))
+
+
+def _get(library: C.CDLL, program: C.c_void_p, what: str) -> bytes:
+    size = C.c_size_t()
+    getattr(library, f"nvrtcGet{what}Size")(program, C.byref(size))
+    buffer = C.create_string_buffer(size.value)
+    getattr(library, f"nvrtcGet{what}")(program, buffer)
+    return buffer.raw

@@ -1,0 +1,179 @@
+"""The CUDA sources themselves: they parse, compile for every architecture, use wide accesses and
+64-bit offsets where they should, and bugs planted in them do not go unnoticed."""
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from gpucnn.backend import cuda_kernel, make_backend
+from gpucnn.backend.cuda_kernel import Variant, kernel_dir, read_signatures, read_source
+from gpucnn.geometry import make_window
+from tests.conftest import CUPY_RUNS
+from tests.gpusim import nvrtc
+from tests.gpusim.mutation import mutated
+
+FILES = sorted(p.name for p in kernel_dir().glob("*.cu"))
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+VARIANTS = [Variant(np.dtype(scalar), np.dtype(mask), np.dtype(index), vec)
+            for scalar, mask, index in itertools.product(
+                (np.float32, np.float64), (np.uint8, np.int32), (np.int32, np.int64))
+            for vec in (1, 16 // np.dtype(scalar).itemsize)]
+NUMPY = make_backend("numpy")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_kernel_of_a_file_is_found(file):
+    source = (kernel_dir() / file).read_text()
+    signatures = read_signatures(kernel_dir(), file)
+    assert len(signatures) == source.count("__global__")
+    assert all(parameters[0].pointer and parameters[0].ctype == "scalar_t"
+               for parameters in signatures.values())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("file", FILES)
+def test_compiles_by_nvrtc(file, architecture):
+    _require_nvrtc()
+    for variant in VARIANTS:
+        result = nvrtc.compile(read_source(kernel_dir(), file, variant), file, architecture)
+        assert "warning" not in result.log, f"{variant}: {result.log}"
+
+
+@pytest.mark.parametrize("file", ["im2col.cu", "maxpool.cu", "avgpool.cu"])
+def test_four_channels_are_one_access(file):
+    _require_nvrtc()
+    ptx = nvrtc.compile(read_source(kernel_dir(), file, _variant(vec=4)), file, "compute_90").code
+    assert b"ld.global.nc.v4.f32" in ptx
+    assert b"st.global.v4.f32" in ptx
+    assert b"ld.global.nc.f32" not in ptx
+    assert b".local" not in ptx, "no spills to local memory"
+
+
+def _require_nvrtc():
+    library, reason = nvrtc.find()
+    if library is None:
+        pytest.skip(reason)
+
+
+def _variant(scalar=np.float32, mask=np.uint8, index=np.int32, vec=1):
+    return Variant(np.dtype(scalar), np.dtype(mask), np.dtype(index), vec)
+
+
+def check_all_kernels(backend, channels=4, dtype=np.float32):
+    """Every windowed kernel once or twice, against the NumPy backend."""
+    rng = np.random.default_rng(1)
+    for size, stride, padding, dilation in ((3, 1, 1, 1), ((2, 3), (2, 1), ((0, 1), (1, 0)), 1),
+                                            (2, (2, 3), 0, (1, 2))):
+        x = rng.integers(-3, 4, (2, 7, 6, channels)).astype(dtype)
+        window = make_window("test", size, stride, padding, dilation, x.shape[1:3])
+        x_there = backend.asarray(x)
+        cols = NUMPY.im2col(x, window)
+        same(backend, backend.im2col(x_there, window), cols)
+        dcols = rng.integers(-8, 9, cols.shape).astype(dtype)
+        same(backend, backend.col2im(backend.asarray(dcols), x.shape, window),
+             NUMPY.col2im(dcols, x.shape, window))
+        y, mask = NUMPY.max_pool(x, window)
+        y_there, mask_there = backend.max_pool(x_there, window)
+        same(backend, y_there, y)
+        same(backend, mask_there, mask)
+        dy = rng.integers(-8, 9, y.shape).astype(dtype)
+        dy_there = backend.asarray(dy)
+        same(backend, backend.max_pool_backward(dy_there, backend.asarray(mask), x.shape, window),
+             NUMPY.max_pool_backward(dy, mask, x.shape, window))
+        if dilation == 1:
+            close(backend, backend.avg_pool(x_there, window), NUMPY.avg_pool(x, window))
+            close(backend, backend.avg_pool_backward(dy_there, x.shape, window),
+                  NUMPY.avg_pool_backward(dy, x.shape, window))
+    x = rng.standard_normal(301).astype(dtype)
+    same(backend, backend.dropout(backend.asarray(x), 0.3, 2**40 + 5, 7),
+         NUMPY.dropout(x, 0.3, 2**40 + 5, 7))
+
+
+def same(backend, there, here):
+    np.testing.assert_array_equal(backend.to_numpy(there), here)
+
+
+def close(backend, there, here):
+    np.testing.assert_allclose(backend.to_numpy(there), here, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 8])
+def test_every_width_of_channels(cupy_backend, channels, dtype):
+    check_all_kernels(cupy_backend, channels, dtype)
+
+
+def test_64_bit_offsets_give_the_same(cupy_backend, monkeypatch):
+    monkeypatch.setattr(cuda_kernel, "MAX_INT_INDEX", -1)
+    check_all_kernels(cupy_backend)
+
+
+def test_windows_of_more_than_255_places(cupy_backend, rng):
+    x = rng.standard_normal((1, 17, 16, 2)).astype(np.float32)
+    x[0, 16, 15, 1] = 9
+    window = make_window("test", (17, 16), 1, 0, 1, (17, 16))
+    y, mask = NUMPY.max_pool(x, window)
+    y_there, mask_there = cupy_backend.max_pool(cupy_backend.asarray(x), window)
+    assert mask_there.dtype == mask.dtype == np.int32
+    assert mask.max() == 17 * 16 - 1
+    same(cupy_backend, y_there, y)
+    same(cupy_backend, mask_there, mask)
+
+
+def test_a_tensor_past_2_to_the_31_elements(cupy_backend):
+    """Few windows, far apart, in a tensor of 4.3e9 zeros of which hardly any page is touched."""
+    xp = cupy_backend.xp
+    x = xp.zeros((2, 65536, 32768, 1), np.float32)
+    x[1, 65535, 32767, 0] = 3
+    window = make_window("test", 1, (65535, 32767), 0, 1, x.shape[1:3])
+    y, _ = cupy_backend.max_pool(x, window)
+    expected = np.zeros((2, 2, 2, 1), np.float32)
+    expected[1, 1, 1] = 3
+    same(cupy_backend, y, expected)
+    same(cupy_backend, cupy_backend.im2col(x, window), expected.reshape(8, 1))
+
+
+def test_a_misaligned_view_is_read_channel_by_channel(cupy_backend, rng):
+    x = rng.standard_normal(1 + 2 * 4 * 4 * 4).astype(np.float32)
+    window = make_window("test", 2, 2, 0, 1, (4, 4))
+    there = cupy_backend.asarray(x)[1:].reshape(2, 4, 4, 4)
+    assert there.data.ptr % 16
+    y, _ = cupy_backend.max_pool(there, window)
+    same(cupy_backend, y, NUMPY.max_pool(x[1:].reshape(2, 4, 4, 4), window)[0])
+
+
+BUGS = {
+    "im2col reads a row too far": ("im2col.cu", "iy < h &&", "iy <= h &&"),
+    "im2col reads a column before": ("im2col.cu", "ix >= 0 &&", "ix >= -1 &&"),
+    "im2col forgets the dilation": ("im2col.cu", "int ix = ox * sw - left + kx * dw", "int ix = ox * sw - left + kx"),
+    "im2col launches past the end": ("im2col.cu", "(index_t)n * oh * ow * kh * kw * cv)",
+                                     "(index_t)n * oh * ow * kh * kw * cv + 1)"),
+    "col2im drops the last row of outputs": ("im2col.cu", "oy <= rows.last", "oy < rows.last"),
+    "col2im ignores the dilation": ("im2col.cu", "if (kx % dw != 0) continue;", ""),
+    "windows start one early": ("common.cuh", "(start + stride - 1) / stride", "start / stride"),
+    "windows end one late": ("common.cuh", "< out ? padded / stride : out - 1",
+                             "<= out ? padded / stride : out - 1"),
+    "max pooling pads with zero": ("maxpool.cu", "none_yet || ", ""),
+    "max pooling lets the last of equals win": ("maxpool.cu", "s.at[v] > best.at[v]",
+                                                "s.at[v] >= best.at[v]"),
+    "max pooling reads past the right edge": ("maxpool.cu", "ix >= w) continue",
+                                              "ix > w) continue"),
+    "the mask has rows for columns": ("maxpool.cu", "(mask_t)(ky * kw + kx)",
+                                      "(mask_t)(ky * kh + kx)"),
+    "max pooling backward takes every place": ("maxpool.cu", "if (place.at[v] == here) ", ""),
+    "average pooling counts the padding": ("avgpool.cu", "start > 0 ? start : 0", "start"),
+    "average pooling reads a row too far": ("avgpool.cu", "iy < y0 + kh && iy < h", "iy < y0 + kh"),
+    "dropout writes past the end": ("dropout.cu", "&& 4 * j + v < size", ""),
+    "Philox has nine rounds": ("dropout.cu", "round < 10", "round < 9"),
+    "an int overflows": ("common.cuh", "p.c = i % c;  i /= c;",
+                         "p.c = i % c;  i = (i + 2147483647) / c - 2147483647 / c;"),
+}
+
+
+@pytest.mark.skipif(not CUPY_RUNS, reason="needs a GPU or a C++ compiler")
+@pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
+def test_a_planted_bug_is_caught(cupy_backend, bug):
+    with mutated(*bug), pytest.raises((RuntimeError, AssertionError)):
+        check_all_kernels(cupy_backend)
