@@ -17,9 +17,10 @@ from tests.gpusim.mutation import mutated
 FILES = sorted(p.name for p in kernel_dir().glob("*.cu"))
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 VARIANTS = [Variant(np.dtype(scalar), np.dtype(mask), np.dtype(index), vec)
-            for scalar, mask, index in itertools.product(
-                (np.float32, np.float64), (np.uint8, np.int32), (np.int32, np.int64))
-            for vec in (1, 16 // np.dtype(scalar).itemsize)]
+            for scalar, index in itertools.product((np.float32, np.float64), (np.int32, np.int64))
+            for vec in (1, 16 // np.dtype(scalar).itemsize)
+            # The int mask of large windows has nothing to do with the other types.
+            for mask in ((np.uint8, np.int32) if index is np.int32 else (np.uint8,))]
 NUMPY = make_backend("numpy")
 
 
@@ -36,7 +37,10 @@ def test_every_kernel_of_a_file_is_found(file):
 @pytest.mark.parametrize("file", FILES)
 def test_compiles_by_nvrtc(file, architecture):
     _require_nvrtc()
+    source = (kernel_dir() / file).read_text()
     for variant in VARIANTS:
+        if variant.mask_t == np.int32 and "mask_t" not in source:
+            continue
         result = nvrtc.compile(read_source(kernel_dir(), file, variant), file, architecture)
         assert "warning" not in result.log, f"{variant}: {result.log}"
 
@@ -147,7 +151,8 @@ def test_a_misaligned_view_is_read_channel_by_channel(cupy_backend, rng):
 BUGS = {
     "im2col reads a row too far": ("im2col.cu", "iy < h &&", "iy <= h &&"),
     "im2col reads a column before": ("im2col.cu", "ix >= 0 &&", "ix >= -1 &&"),
-    "im2col forgets the dilation": ("im2col.cu", "int ix = ox * sw - left + kx * dw", "int ix = ox * sw - left + kx"),
+    "im2col forgets the dilation": ("im2col.cu", "int ix = ox * sw - left + kx * dw",
+                                  "int ix = ox * sw - left + kx"),
     "im2col launches past the end": ("im2col.cu", "(index_t)n * oh * ow * kh * kw * cv)",
                                      "(index_t)n * oh * ow * kh * kw * cv + 1)"),
     "col2im drops the last row of outputs": ("im2col.cu", "oy <= rows.last", "oy < rows.last"),

@@ -19,7 +19,8 @@ CXX = os.environ.get("CXX", "g++")
 ORDERS = ("ascending", "descending", "shuffled")
 _MAX_ACCESSES = 10**10
 
-_BASE = ["-std=c++17", "-g", "-w", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing",
+# DWARF 4: some versions of addr2line name the wrong file after #line in DWARF 5.
+_BASE = ["-std=c++17", "-gdwarf-4", "-w", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing",
          "-fno-threadsafe-statics"]
 _CHECKED = ["-O1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
             "--param=tsan-distinguish-volatile=1",

@@ -1,0 +1,283 @@
+"""The simulator itself: kernels that are right run without a fault, planted bugs do not."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests import gpusim
+from tests.gpusim import KernelFault, fake_cupy
+from tests.gpusim.fake_cupy import RawModule
+
+WORKS, _REASON = gpusim.available()
+pytestmark = pytest.mark.skipif(not WORKS, reason=_REASON)
+
+SOURCE = r"""
+extern "C" __global__ void scale(const float* __restrict__ x, float* __restrict__ y, float by,
+                                 int n) {
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += blockDim.x * gridDim.x)
+        y[i] = by * x[i];
+}
+extern "C" __global__ void scale4(const float4* x, float4* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    float4 v = x[i];
+    y[i] = make_float4(2 * v.x, 2 * v.y, 2 * v.z, 2 * v.w);
+}
+extern "C" __global__ void scale_vectors(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    float4 v = reinterpret_cast<const float4*>(x)[i];
+    reinterpret_cast<float4*>(y)[i] = make_float4(2 * v.x, 2 * v.y, 2 * v.z, 2 * v.w);
+}
+extern "C" __global__ void block_sum(const float* x, float* sums, int n) {
+    __shared__ float part[64];
+    int t = threadIdx.x, i = blockIdx.x * 64 + t;
+    part[t] = i < n ? x[i] : 0.0f;
+    __syncthreads();  // first
+    for (int half = 32; half > 0; half /= 2) {
+        if (t < half) part[t] += part[t + half];
+        __syncthreads();  // second
+    }
+    if (t == 0) sums[blockIdx.x] = part[0];
+}
+extern "C" __global__ void transpose(const float* x, float* y, int h, int w) {
+    __shared__ float tile[8][9];
+    int ix = blockIdx.x * 8 + threadIdx.x, iy = blockIdx.y * 8 + threadIdx.y;
+    if (ix < w && iy < h) tile[threadIdx.y][threadIdx.x] = x[iy * w + ix];
+    __syncthreads();
+    int ox = blockIdx.y * 8 + threadIdx.x, oy = blockIdx.x * 8 + threadIdx.y;
+    if (ox < h && oy < w) y[oy * h + ox] = tile[threadIdx.x][threadIdx.y];
+}
+extern "C" __global__ void warp_scan(const int* x, int* y) {
+    int v = x[threadIdx.x];
+    for (int by = 1; by < 32; by *= 2) {
+        int other = __shfl_up_sync(0xffffffffu, v, by);
+        if ((threadIdx.x & 31) >= by) v += other;
+    }
+    y[threadIdx.x] = v;
+}
+extern "C" __global__ void reverse(const float* x, float* y, int n) {
+    extern __shared__ float all[];
+    all[threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    y[threadIdx.x] = all[n - 1 - threadIdx.x];
+}
+extern "C" __global__ void histogram(const int* x, int* bins, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) atomicAdd(&bins[x[i]], 1);
+}
+"""
+
+
+@pytest.fixture(params=["ascending", "descending", "shuffled"])
+def order(request, monkeypatch):
+    monkeypatch.setitem(fake_cupy.options, "order", request.param)
+
+
+def floats(*shape):
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def launch(name, grid, block, *args, source=SOURCE, shared_mem=0):
+    """Launch; NumPy arrays are copied to the "device" first, and the last array comes back."""
+    there = [fake_cupy.asarray(a) if isinstance(a, np.ndarray) else a for a in args]
+    RawModule(code=source).get_function(name)(grid, block, tuple(there), shared_mem=shared_mem)
+    return [a for a in there if isinstance(a, fake_cupy.ndarray)][-1].get()
+
+
+I32, F32 = np.int32, np.float32
+
+
+def run_scale(source=SOURCE, grid=2, n=300):
+    x = floats(300)
+    y = fake_cupy.empty(300, F32)
+    np.testing.assert_array_equal(
+        launch("scale", (grid,), (128,), x, y, F32(2), I32(n), source=source), 2 * x)
+
+
+def run_block_sum(source=SOURCE):
+    x = floats(150)
+    sums = launch("block_sum", (3,), (64,), x, fake_cupy.empty(3, F32), I32(150), source=source)
+    np.testing.assert_allclose(
+        sums, np.pad(x, (0, 42)).reshape(3, 64).sum(1), rtol=1e-4, atol=1e-5)
+
+
+def run_transpose(source=SOURCE):
+    x = floats(10, 13)
+    y = launch("transpose", (2, 2), (8, 8), x, fake_cupy.empty((13, 10), F32), I32(10), I32(13),
+               source=source)
+    np.testing.assert_array_equal(y, x.T)
+
+
+def run_reverse(source=SOURCE, shared_mem=256):
+    x = floats(64)
+    y = launch("reverse", (1,), (64,), x, fake_cupy.empty(64, F32), I32(64), source=source,
+               shared_mem=shared_mem)
+    np.testing.assert_array_equal(y, x[::-1])
+
+
+def run_histogram(source=SOURCE):
+    x = np.random.default_rng(0).integers(0, 4, 100).astype(I32)
+    bins = launch("histogram", (2,), (64,), x, fake_cupy.zeros(4, I32), I32(100), source=source)
+    np.testing.assert_array_equal(bins, np.bincount(x))
+
+
+def test_right_kernels_run(order):
+    run_scale()
+    run_block_sum()
+    run_transpose()
+    run_reverse()
+    run_histogram()
+    x = np.arange(64, dtype=I32)
+    y = launch("warp_scan", (1,), (64,), x, fake_cupy.empty(64, I32))
+    np.testing.assert_array_equal(y, np.cumsum(x.reshape(2, 32), axis=1).ravel())
+    v = floats(100)
+    np.testing.assert_array_equal(
+        launch("scale_vectors", (1,), (32,), v, fake_cupy.empty(100, F32), I32(25)), 2 * v)
+
+
+IN_SOURCE = {
+    "a read past the end": (run_scale, "i < n;", "i <= n;", "out-of-bounds read.*past the end.*x"),
+    "a read before the start": (run_scale, "by * x[i]", "by * x[i - 1]",
+                                "out-of-bounds read.*before the start"),
+    "a write past the end": (run_scale, "y[i] = by * x[i]", "y[i + 1] = by * x[i]",
+                             "out-of-bounds write.*y"),
+    "a write to const": (run_scale, "y[i] = by * x[i]", "((float*)x)[i] = by",
+                         "write to .*x.*const"),
+    "an int that overflows": (run_scale, "by * x[i]", "by * x[i] + 0.0f * (2147483000 + 8 * i)",
+                              "signed integer overflow"),
+    "a division by zero": (run_scale, "by * x[i]", "by * x[i] + i / (n - 300)",
+                           "division by zero"),
+    "the first barrier missing": (run_block_sum, "__syncthreads();  // first", "",
+                                  "data race|uninitialised"),
+    "the second barrier missing": (run_block_sum, "__syncthreads();  // second", "", "data race"),
+    "a barrier in divergent code": (run_block_sum, "if (t < half) part[t] += part[t + half];",
+                                    "if (t < half) { part[t] += part[t + half]; __syncthreads(); }",
+                                    "barrier divergence|deadlock"),
+    "a barrier after a return": (run_block_sum, "part[t] = i < n",
+                                 "if (i >= n) return; part[t] = i < n", "barrier divergence"),
+    "shared memory never written": (run_block_sum, "part[t] = i < n ? x[i] : 0.0f;",
+                                    "if (i < n) part[t] = x[i];", "uninitialised"),
+    "a shared array too small": (run_block_sum, "part[64]", "part[48]",
+                                 "bounds|past the end|misaligned"),
+    "a transposed tile": (run_transpose, "tile[threadIdx.x][threadIdx.y]",
+                          "tile[threadIdx.y][threadIdx.x]", "uninitialised"),
+    "a histogram without atomics": (run_histogram, "atomicAdd(&bins[x[i]], 1)", "bins[x[i]] += 1",
+                                    "data race"),
+    "a lane that the mask leaves out": (run_block_sum, "__syncthreads();  // first",
+                                        "__syncthreads(); __shfl_sync(1u, t, 0);", "mask"),
+}
+
+
+@pytest.mark.parametrize(("run", "old", "new", "message"), IN_SOURCE.values(), ids=IN_SOURCE)
+def test_a_bug_in_the_source_is_caught(order, run, old, new, message):
+    assert old in SOURCE
+    with pytest.raises(KernelFault, match=message):
+        run(SOURCE.replace(old, new, 1))
+
+
+def test_a_fault_names_file_line_block_and_thread():
+    source = '#line 1 "mine.cu"\n' + SOURCE.replace("i < n;", "i <= n;")
+    with pytest.raises(KernelFault, match=r"mine\.cu:5: scale: .*\[block \(0,0,0\) thread \(44,"):
+        run_scale(source, grid=1)
+
+
+X, Y = floats(300), floats(300)
+AT_LAUNCH = {
+    "int64 for int": ((X, Y, F32(2), np.int64(300)), "argument 3 .int n.: got numpy.int64"),
+    "a Python int": ((X, Y, F32(2), 300), "got a int; CuPy passes Python numbers as 64"),
+    "a Python float": ((X, Y, 2.0, I32(300)), "got a float"),
+    "float64 for float*": ((X.astype(float), Y, F32(2), I32(300)), "the array is float64"),
+    "swapped arguments": ((F32(2), X, Y, I32(300)), "is a pointer; got float32"),
+    "a missing argument": ((X, Y, F32(2)), "takes 4 arguments, got 3"),
+}
+
+
+@pytest.mark.parametrize(("args", "message"), AT_LAUNCH.values(), ids=AT_LAUNCH)
+def test_a_wrong_argument_is_caught(args, message):
+    with pytest.raises(TypeError, match=message):
+        launch("scale", (1,), (128,), *args)
+
+
+def test_views_and_overlaps_are_caught():
+    x = fake_cupy.asarray(floats(20, 15))
+    with pytest.raises(ValueError, match="strides"):
+        launch("scale", (1,), (128,), x.T, fake_cupy.empty(300, F32), F32(2), I32(300))
+    with pytest.raises(ValueError, match="overlap"):
+        launch("scale", (1,), (128,), x, x, F32(2), I32(300))
+    with pytest.raises(KernelFault, match="scale_vectors: misaligned"):
+        launch("scale_vectors", (1,), (32,), fake_cupy.asarray(floats(101))[1:],
+               fake_cupy.empty(100, F32), I32(25))
+    with pytest.raises(TypeError, match="got ndarray"):
+        RawModule(code=SOURCE).get_function("scale")((1,), (128,), (X, Y, F32(2), I32(300)))
+
+
+def test_wrong_launches_are_caught():
+    with pytest.raises(AssertionError):  # what no thread wrote is NaN
+        run_scale(n=299)
+    with pytest.raises(KernelFault, match="past the end of dynamic shared"):
+        run_reverse(shared_mem=128)
+    with pytest.raises(ValueError, match="over the limits"):
+        launch("scale", (1,), (2048,), X, Y, F32(2), I32(300))
+    with pytest.raises(RuntimeError, match='not declared extern "C"'):
+        RawModule(code=SOURCE.replace('extern "C" __global__ void scale(', "__global__ void scale(")
+                  ).get_function("scale")
+    with pytest.raises(fake_cupy.CompileException, match=r"mine\.cu:1"):
+        RawModule(code='#line 1 "mine.cu"\nint f() { return x; }').get_function("f")
+
+
+def test_the_stand_in_is_as_strict_as_cupy():
+    a = fake_cupy.asarray(X)
+    assert type(a).__module__ == "cupy"
+    with pytest.raises(TypeError, match="Implicit conversion"):
+        np.asarray(a)
+    with pytest.raises(TypeError, match="Unsupported type"):
+        a + X
+    with pytest.raises(TypeError, match="Unsupported type"):
+        a[...] = X
+    assert isinstance(a.sum(), fake_cupy.ndarray)
+    assert a.data.ptr % 256 == 0
+    assert np.isnan(fake_cupy.empty(3, F32).get()).all()
+
+
+def test_without_checks_the_results_are_the_same(monkeypatch):
+    monkeypatch.setenv("GPUSIM_CHECKS", "off")
+    run_block_sum()
+    run_transpose()
+
+
+def test_every_cupy_name_that_the_backend_uses_exists():
+    """In the real CuPy, which only another process can import: the stand-in may be in its place."""
+    script = """
+import ast, pathlib, sys
+try:
+    import cupy
+except ImportError:
+    sys.exit(77)
+missing = []
+for file in map(pathlib.Path, sys.argv[1:]):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Attribute):
+            text = ast.unparse(node)
+            if text.startswith("cupy."):
+                value = cupy
+                for name in text.split(".")[1:]:
+                    if isinstance(value, type) or not hasattr(value, name):
+                        if not hasattr(value, name):
+                            missing.append(text)
+                        break
+                    value = getattr(value, name)
+print(missing)
+sys.exit(bool(missing))
+"""
+    folder = os.path.join(os.path.dirname(os.path.dirname(__file__)), "gpucnn", "backend")
+    files = [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".py")]
+    result = subprocess.run([sys.executable, "-c", script, *files], capture_output=True, text=True,
+                            check=False)
+    if result.returncode == 77:
+        pytest.skip("CuPy is not installed")
+    assert result.returncode == 0, result.stdout + result.stderr
