@@ -1,6 +1,7 @@
 """The activations g of the article, A = g(Z), and their part of the backward pass, dZ = dA g'(Z).
 
-Each derivative is written in terms of A, so that a layer keeps A and can forget Z.
+Each derivative is written in terms of A, so that a layer keeps A and can forget Z. At Z = 0, where
+the two ReLUs have none, it is that of the negative side, as in torch.
 """
 from __future__ import annotations
 
@@ -23,12 +24,12 @@ def check_name(where: str, name: str | None) -> None:
 def activate(xp: Any, name: str | None, z: Array, slope: float = LEAKY_SLOPE) -> Array:
     """A = g(Z), written over z, which is returned. NaN stays NaN.
 
-    slope: of the leaky ReLU where z < 0.
+    slope: of the leaky ReLU where z <= 0.
     """
     if name == "relu":
         xp.maximum(z, 0, out=z)
     elif name == "leaky_relu":
-        xp.multiply(z, xp.where(z < 0, z.dtype.type(slope), z.dtype.type(1)), out=z)
+        xp.multiply(z, xp.where(z > 0, z.dtype.type(1), z.dtype.type(slope)), out=z)
     elif name == "tanh":
         xp.tanh(z, out=z)
     elif name == "sigmoid":
@@ -46,7 +47,7 @@ def activation_backward(xp: Any, name: str | None, da: Array, a: Array,
     if name == "relu":
         return zero_unless(a > 0, da)
     if name == "leaky_relu":
-        return da * xp.where(a < 0, da.dtype.type(slope), da.dtype.type(1))
+        return da * xp.where(a > 0, da.dtype.type(1), da.dtype.type(slope))
     if name == "tanh":
         return da * (1 - a * a)
     if name == "sigmoid":

@@ -27,7 +27,7 @@ def zero_unless(keep: Array, values: Array) -> Array:
     return (values.view(bits) & -keep.astype(bits)).view(values.dtype)
 
 
-def log_sum_exp(xp: Any, z: Array) -> Array:
-    """log(sum(exp(z))) over the last axis, which is kept with length 1; no overflow."""
-    largest = z.max(axis=-1, keepdims=True)
-    return largest + xp.log(xp.exp(z - largest).sum(axis=-1, keepdims=True))
+def log_softmax(xp: Any, z: Array) -> Array:
+    """log(exp(z) / sum(exp(z))) over the last axis; no overflow, and exact for large z."""
+    shifted = z - z.max(axis=-1, keepdims=True)
+    return shifted - xp.log(xp.exp(shifted).sum(axis=-1, keepdims=True))

@@ -30,7 +30,7 @@ from gpucnn.geometry import (
     check_pool_window,
     make_window,
 )
-from gpucnn.numerics import log_sum_exp
+from gpucnn.numerics import log_softmax
 
 FLOATS = tuple(map(np.dtype, (np.float16, np.float32, np.float64)))
 
@@ -162,7 +162,7 @@ def softmax_cross_entropy(logits: Array, labels: Array, *, label_smoothing: floa
         raise ValueError("loss of an empty batch is undefined (0 samples)")
     labels = check_labels(backend, labels, n, classes)
     xp = backend.xp
-    log_p = logits - log_sum_exp(xp, logits)
+    log_p = log_softmax(xp, logits)
     picked = xp.arange(n), labels
     loss = -(1 - label_smoothing) * log_p[picked].mean()
     if label_smoothing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 from gpucnn.activations import LEAKY_SLOPE, activate, activation_backward
 from gpucnn.backend import Array
 from gpucnn.layers.base import Layer
-from gpucnn.numerics import log_sum_exp
+from gpucnn.numerics import log_softmax
 
 
 class _Pointwise(Layer):
@@ -64,7 +64,7 @@ class Softmax(Layer):
     def forward(self, x: Array, training: bool = False) -> Array:
         x = self.receive(x)
         xp = self.backend.xp
-        y = xp.exp(x - log_sum_exp(xp, x))
+        y = xp.exp(log_softmax(xp, x))
         self.save(training, y)
         return y
 

@@ -10,7 +10,7 @@ from gpucnn.backend import Array
 from gpucnn.errors import DataError, TrainingError
 from gpucnn.layers import Layer
 from gpucnn.losses import SoftmaxCrossEntropy
-from gpucnn.numerics import log_sum_exp
+from gpucnn.numerics import log_softmax
 from gpucnn.optim import Optimizer
 
 Loss = Callable[[Array, Array], tuple[Array, Array]]
@@ -97,4 +97,4 @@ def predict(model: Layer, x: np.ndarray, names: list[str] | None = None) -> np.n
             raise ValueError(f"image {i}{name} holds {wrong} NaN values")
     backend = model.backend
     logits = model.forward(backend.asarray(x, model.dtype))
-    return backend.to_numpy(backend.xp.exp(logits - log_sum_exp(backend.xp, logits)))
+    return backend.to_numpy(backend.xp.exp(log_softmax(backend.xp, logits)))
