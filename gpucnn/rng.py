@@ -58,7 +58,7 @@ def normal(shape: tuple[int, ...], key: int, stream: int = 0) -> np.ndarray:
 
 def drop_threshold(rate: float) -> int:
     """A random word below it means "drop": a share `rate` of all words, to within 2^-32."""
-    return round(rate * 2**32)
+    return min(round(rate * 2**32), 2**32 - 1)
 
 
 def words_of(number: int) -> tuple[int, int]:
