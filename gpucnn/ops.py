@@ -271,8 +271,8 @@ def _conv_window(where: str, x: Array, w: Array, stride: IntOrPair, padding: Pad
     if w.ndim != 4:
         raise ValueError(f"{where}: w must be (kh, kw, c_in / groups, c_out), got {w.shape}")
     window = _window(where, x.shape, w.shape[:2], stride, padding, dilation)
-    check_channels(where, x.shape, w.shape[2], groups)
     check_groups(where, groups, x.shape[3], w.shape[3])
+    check_channels(where, x.shape, w.shape[2], groups)
     return window
 
 

@@ -167,7 +167,7 @@ def _sigmoid(z: Array) -> Array:
 # name: (g, g')
 ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
     "relu": (lambda z: np.maximum(z, 0), lambda z: np.where(z <= 0, 0., 1.)),
-    "leaky_relu": (lambda z: np.where(z <= 0, 0.01 * z, z), lambda z: np.where(z <= 0, 0.01, 1.)),
+    "leaky_relu": (lambda z: np.where(z > 0, z, 0.01 * z), lambda z: np.where(z > 0, 1., 0.01)),
     "sigmoid": (_sigmoid, lambda z: _sigmoid(z) * (1 - _sigmoid(z))),
     "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2),
 }

@@ -50,11 +50,11 @@ class Expected(NamedTuple):
     bounds: Arrays
 
 
-def runs(share: int = 1) -> list[Any]:
-    """Parameters (op, seeds) for all cases of all ops, or 1 / share of them, CHUNK at a time."""
-    return [pytest.param(op, range(start, min(start + CHUNK, judged.count // share)),
+def runs(share: int = 1, ops: tuple[str, ...] = ()) -> list[Any]:
+    """Parameters (op, seeds) for all cases of all ops (or of `ops`), or 1 / share of them."""
+    return [pytest.param(op, range(start, min(start + CHUNK, OPS[op].count // share)),
                          id=f"{op}-{start}")
-            for op, judged in OPS.items() for start in range(0, judged.count // share, CHUNK)]
+            for op in ops or OPS for start in range(0, OPS[op].count // share, CHUNK)]
 
 
 @contextmanager

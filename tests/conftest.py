@@ -39,6 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=_NO_GPU))
 
 
+@pytest.fixture(autouse=True)
+def _no_gpu_unless_asked(monkeypatch):
+    """A test that names no backend runs on NumPy, also where there is a GPU."""
+    monkeypatch.setenv("GPUCNN_BACKEND", "numpy")
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     with use_backend(request.param) as chosen:

@@ -1,0 +1,238 @@
+"""What every layer promises, from one table: a new layer is one new row."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpucnn import layers, models
+from gpucnn.backend import use_backend
+from gpucnn.layers import (
+    AvgPool2D,
+    BatchNorm,
+    Concat,
+    Conv2D,
+    Dense,
+    Dropout,
+    Flatten,
+    GlobalAvgPool2D,
+    LeakyReLU,
+    MaxPool2D,
+    ReLU,
+    Residual,
+    Sequential,
+    Sigmoid,
+    Softmax,
+    Tanh,
+    from_config,
+)
+from tests.conftest import needs_cupy
+from tests.gradcheck import gradcheck
+
+IMAGE = (7, 6, 4)  # (h, w, c)
+LAYERS = {
+    "Conv2D": (lambda: Conv2D(5, 3), IMAGE),
+    "Conv2D same": (lambda: Conv2D(4, 3, padding="same", activation="tanh"), IMAGE),
+    "Conv2D even, strided": (lambda: Conv2D(3, (2, 4), stride=(2, 3), padding=1), IMAGE),
+    "Conv2D asymmetric": (lambda: Conv2D(3, 3, padding=((2, 0), (0, 1)), dilation=(1, 2)), IMAGE),
+    "Conv2D groups": (lambda: Conv2D(6, 3, groups=2, activation="sigmoid", bias=False), IMAGE),
+    "Conv2D depthwise": (lambda: Conv2D(4, 3, groups=4, padding="same"), IMAGE),
+    "Conv2D 1x1": (lambda: Conv2D(3, 1), IMAGE),
+    "Conv2D 1x1 strided": (lambda: Conv2D(3, 1, stride=2), IMAGE),
+    "Conv2D relu": (lambda: Conv2D(3, 3, activation="relu"), IMAGE),
+    "Conv2D leaky": (lambda: Conv2D(3, 3, activation="leaky_relu"), IMAGE),
+    "MaxPool2D": (lambda: MaxPool2D(2), IMAGE),
+    "MaxPool2D overlap": (lambda: MaxPool2D(3, stride=2, padding=1), IMAGE),
+    "MaxPool2D dilated": (lambda: MaxPool2D(2, stride=1, dilation=2), IMAGE),
+    "AvgPool2D": (lambda: AvgPool2D(2), IMAGE),
+    "AvgPool2D overlap": (lambda: AvgPool2D((3, 2), stride=(2, 1), padding="same"), IMAGE),
+    "GlobalAvgPool2D": (lambda: GlobalAvgPool2D(), IMAGE),
+    "Dense": (lambda: Dense(5), (6,)),
+    "Dense sigmoid": (lambda: Dense(5, activation="sigmoid", bias=False), (6,)),
+    "Flatten": (lambda: Flatten(), IMAGE),
+    "Dropout": (lambda: Dropout(0.4), IMAGE),
+    "Dropout 0": (lambda: Dropout(0), (6,)),
+    "BatchNorm images": (lambda: BatchNorm(), IMAGE),
+    "BatchNorm rows": (lambda: BatchNorm(momentum=0.3, epsilon=1e-3), (6,)),
+    "ReLU": (lambda: ReLU(), IMAGE),
+    "LeakyReLU": (lambda: LeakyReLU(0.3), IMAGE),
+    "Sigmoid": (lambda: Sigmoid(), IMAGE),
+    "Tanh": (lambda: Tanh(), IMAGE),
+    "Softmax": (lambda: Softmax(), (6,)),
+    "Sequential": (lambda: Sequential([Conv2D(3, 3, activation="relu"), MaxPool2D(2), Flatten(),
+                                       Dropout(0.2), Dense(4)]), IMAGE),
+    "Residual": (lambda: Residual(Sequential([Conv2D(4, 3, padding="same"), Tanh()])), IMAGE),
+    "Residual projected": (lambda: Residual(Conv2D(5, 3, stride=2, padding=1),
+                                            Conv2D(5, 1, stride=2)), IMAGE),
+    "Concat": (lambda: Concat([Conv2D(3, 1), Conv2D(2, 3, padding="same"), Tanh()]), IMAGE),
+}
+TABLE = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+
+
+def test_the_table_holds_every_layer():
+    made = {type(layer).__name__ for make, _ in LAYERS.values() for layer in make().walk()}
+    assert made == set(layers.__all__) - {"Layer", "Parameter", "from_config"}
+
+
+@TABLE
+def test_backward_is_the_gradient(make, shape, backend, rng):
+    layer = make()
+    layer.build(shape, seed=1, dtype=np.float64)
+    gradcheck(layer, rng.standard_normal((3, *shape)), rng)
+
+
+@TABLE
+def test_float32_stays_float32_and_shapes_are_as_declared(make, shape, backend, rng):
+    layer = make()
+    output_shape = layer.build(shape)
+    x = backend.asarray(rng.standard_normal((2, *shape)), np.float32)
+    y = layer.forward(x, training=True)
+    assert y.shape == (2, *output_shape)
+    dx = layer.backward(backend.xp.ones_like(y))
+    assert dx.shape == x.shape
+    assert y.dtype == dx.dtype == layer.flat_grad.dtype == np.float32
+    assert y.flags.c_contiguous
+
+
+@TABLE
+def test_each_forward_serves_one_backward(make, shape, backend, rng):
+    layer = make()
+    layer.build(shape)
+    x = backend.asarray(rng.standard_normal((2, *shape)), np.float32)
+    y = layer.forward(x)
+    with pytest.raises(RuntimeError, match="before forward"):
+        layer.backward(y)
+    layer.forward(x, training=True)
+    layer.backward(y)
+    with pytest.raises(RuntimeError, match="before forward"):
+        layer.backward(y)
+
+
+@TABLE
+def test_a_gradient_of_the_wrong_shape_is_refused(make, shape, backend, rng):
+    layer = make()
+    layer.build(shape)
+    y = layer.forward(backend.asarray(rng.standard_normal((2, *shape)), np.float32), training=True)
+    with pytest.raises(ValueError, match="shape"):
+        layer.backward(backend.xp.ones((3, *y.shape[1:]), np.float32))
+
+
+@TABLE
+def test_config_makes_the_same_layer(make, shape, backend, rng):
+    first = make()
+    second = from_config(first.config())
+    assert repr(second) == repr(first)
+    x = backend.asarray(rng.standard_normal((2, *shape)), np.float32)
+    outputs = []
+    for layer in (first, second):
+        layer.build(shape, seed=3)
+        outputs.append(backend.to_numpy(layer.forward(x, training=True)))
+    np.testing.assert_array_equal(*outputs)
+
+
+@TABLE
+def test_an_empty_batch_gives_an_empty_result(make, shape, backend):
+    layer = make()
+    output_shape = layer.build(shape)
+    y = layer.forward(backend.xp.zeros((0, *shape), np.float32))
+    assert y.shape == (0, *output_shape)
+
+
+@TABLE
+def test_input_is_never_written(make, shape, backend, rng):
+    layer = make()
+    layer.build(shape)
+    x = backend.asarray(rng.standard_normal((2, *shape)), np.float32)
+    before = x.copy()
+    y = layer.forward(x, training=True)
+    dy = backend.xp.ones_like(y)
+    layer.backward(dy)
+    assert (x == before).all()
+    assert (dy == 1).all()
+
+
+@needs_cupy
+@TABLE
+def test_both_backends_agree(make, shape, rng):
+    x, results = rng.standard_normal((3, *shape)).astype(np.float32), []
+    for name in ("numpy", "cupy"):
+        with use_backend(name) as backend:
+            layer = make()
+            layer.build(shape, seed=5)
+            parameters = backend.to_numpy(layer.flat_data)
+            y = layer.forward(backend.asarray(x), training=True)
+            dx = layer.backward(backend.xp.ones_like(y))
+            results.append([parameters, *map(backend.to_numpy, (y, dx, layer.flat_grad))])
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    for here, there in zip(*results):
+        np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_masks_are_equal_and_new_each_step(backend):
+    layer = Dropout(0.3)
+    layer.build((1000,), seed=7)
+    ones = backend.xp.ones((50, 1000), np.float32)
+    first, second = (backend.to_numpy(layer.forward(ones, training=True)) for _ in range(2))
+    assert (first != second).any()
+    assert set(np.unique(first)) == {np.float32(0), np.float32(1 / 0.7)}
+    # 50,000 draws: a share of 0.3 to within five standard deviations.
+    assert abs((first == 0).mean() - 0.3) < 5 * (0.3 * 0.7 / 50000) ** 0.5
+    gradient = backend.to_numpy(layer.backward(ones))
+    np.testing.assert_array_equal(gradient, second)
+    assert (layer.forward(ones) == 1).all()
+
+
+def test_batch_norm_follows_the_statistics(backend, rng):
+    layer = BatchNorm(momentum=0.5)
+    layer.build((4,))
+    x = rng.standard_normal((64, 4)).astype(np.float32) * 3 + 2
+    for _ in range(30):
+        layer.forward(backend.asarray(x), training=True)
+    y = backend.to_numpy(layer.forward(backend.asarray(x)))
+    np.testing.assert_allclose(y.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(y.std(0), 1, atol=0.02)
+
+
+def test_weights_come_first_in_the_flat_array():
+    layer = Sequential([Conv2D(2, 1), BatchNorm(), Flatten(), Dense(3)])
+    layer.build((2, 2, 3))
+    assert layer.decayed_size == 3 * 2 + 8 * 3
+    weights = [p for name, p in layer.parameters().items() if name.endswith("/w")]
+    assert sum(p.size for p in weights) == layer.decayed_size
+    layer.flat_data[layer.decayed_size:] = 9
+    assert (layer.parameters()["norm1/gamma"].data == 9).all()
+
+
+def test_names_and_paths():
+    model = Sequential([Conv2D(2), Conv2D(2, name="last"),
+                        Residual(Sequential([Conv2D(2, padding="same")]))])
+    model.build((9, 9, 1))
+    assert list(model.parameters()) == ["conv1/w", "conv1/b", "last/w", "last/b",
+                                        "residual1/body/conv1/w", "residual1/body/conv1/b"]
+    with pytest.raises(ValueError, match="two layers are called 'a'"):
+        Sequential([ReLU(name="a"), Tanh(name="a")])
+    layer = ReLU()
+    with pytest.raises(ValueError, match="twice"):
+        Sequential([layer, layer])
+
+
+def test_containers_refuse_what_does_not_fit():
+    with pytest.raises(ValueError, match="they are added and must be equal"):
+        Residual(Conv2D(3)).build((5, 5, 3))
+    with pytest.raises(ValueError, match="all but the last"):
+        Concat([Conv2D(3, 1), Conv2D(3, 3)]).build((5, 5, 3))
+    with pytest.raises(ValueError, match="at least one"):
+        Concat([])
+
+
+def test_summary_of_the_articles_network(capsys):
+    model = models.article()
+    model.summary((28, 28, 1))
+    printed = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[2:] for line in printed.splitlines() if line.strip("-")}
+    assert rows["conv1"] == ["28x28x32", "320", "225,792", "19,668,992"]
+    assert rows["conv4"] == ["14x14x64", "36,928", "7,225,344", "157,351,936"]
+    assert rows["dense1"] == ["256", "803,072", "802,816", "802,816"]
+    assert printed.splitlines()[-1].split() == ["total", "876,618", "19,100,480", "885,915,968"]
+    model.build((28, 28, 1))
+    with pytest.raises(ValueError, match="built for input"):
+        model.summary((32, 32, 1))
