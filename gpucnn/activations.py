@@ -45,7 +45,7 @@ def activation_backward(xp: Any, name: str | None, da: Array, a: Array,
                         slope: float = LEAKY_SLOPE) -> Array:
     """dZ = dA g'(Z), given A = g(Z). Shapes and dtypes as dA's; neither input is written."""
     if name == "relu":
-        return zero_unless(a > 0, da)
+        return zero_unless(~(a <= 0), da)  # also where a is NaN
     if name == "leaky_relu":
         return da * xp.where(a > 0, da.dtype.type(1), da.dtype.type(slope))
     if name == "tanh":

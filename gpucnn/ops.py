@@ -270,6 +270,8 @@ def _conv_window(where: str, x: Array, w: Array, stride: IntOrPair, padding: Pad
                  dilation: IntOrPair, groups: int) -> Window:
     if w.ndim != 4:
         raise ValueError(f"{where}: w must be (kh, kw, c_in / groups, c_out), got {w.shape}")
+    if 0 in w.shape:
+        raise ValueError(f"{where}: w has shape {w.shape}; all sizes must be at least 1")
     window = _window(where, x.shape, w.shape[:2], stride, padding, dilation)
     check_groups(where, groups, x.shape[3], w.shape[3])
     check_channels(where, x.shape, w.shape[2], groups)

@@ -112,7 +112,7 @@ def _gamma(terms: int, dtype: np.dtype) -> float:
 # ---- convolution ---------------------------------------------------------------------------------
 
 def conv_case(seed: int) -> Case:
-    """x, w, b, dy of a conv2d with a random geometry; every fifth is depthwise or grouped."""
+    """x, w, b, dy of a conv2d with a random geometry; half of them grouped, some depthwise."""
     rng = np.random.default_rng([seed, 1])
     dtype, values = _random_kind(rng)
     groups = int(rng.choice([1, 1, 1, 2, 3, 4]))

@@ -233,6 +233,7 @@ PARAMETERS = {
     "row 21 padding": (TypeError, lambda: ops.conv2d(X, W, padding=0.5), "got 0.5"),
     "activation": (ValueError, lambda: Conv2D(4, activation="gelu"), "'gelu' is not known; use"),
     "filters of another rank": (ValueError, lambda: ops.conv2d(X, W[0]), "w must be (kh, kw,"),
+    "no filters": (ValueError, lambda: ops.conv2d(X, W[..., :0]), "w has shape (3, 3, 3, 0); all"),
     "bias": (ValueError, lambda: ops.conv2d(X, W, W[0, 0, 0, :3]), "b must be (4,)"),
     "gradient": (ValueError, lambda: ops.conv2d_backward(X, X, W), "dy has shape (2, 6, 5, 3)"),
     "columns": (ValueError, lambda: ops.col2im(X[0, 0], X.shape, 2), "cols has shape (5, 3)"),

@@ -34,6 +34,7 @@ from gpucnn.layers import (
 from tests.cases import unit_roundoff
 
 torch = pytest.importorskip("torch")
+torch.set_num_threads(1)  # for tensors this small, waking the threads takes longer than the work
 F = torch.nn.functional
 ACTIVATIONS = {None: lambda z: z, "relu": F.relu, "leaky_relu": F.leaky_relu,
                "sigmoid": torch.sigmoid, "tanh": torch.tanh}
@@ -284,36 +285,59 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizer_equals_torch(name, backend, rng):
-    """Ten steps of training a small net, the learning rate changed on the way.
-
-    Each step turns rounding into at most a few hundred times as much (gradients are sums of fewer
-    terms than that, and what Adam divides by is within 30 of what it divides).
-    """
-    make, make_torch = OPTIMIZERS[name]
+def net():
+    """A small net of ours, and the same in torch."""
     model = Sequential([Conv2D(3, 3, activation="tanh"), BatchNorm(), Flatten(), Dense(2)])
     model.build(IMAGE, seed=3, dtype=np.float64)
+    p = {k: leaf(model.backend.to_numpy(v.data)) for k, v in model.parameters().items()}
     forward = chain(conv("tanh", at="conv1/"), batch_norm("norm1/"), flat, dense(at="dense1/"))
-    p = {k: leaf(backend.to_numpy(v.data)) for k, v in model.parameters().items()}
+    return model, p, lambda x: forward(x, p)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_equals_torch(name, backend, rng):
+    """Ten steps on random gradients, the learning rate changed on the way.
+
+    No formula rounds more than 16 times a step, each time by less than u times max(|theta|, 1).
+    """
+    make, make_torch = OPTIMIZERS[name]
+    model, p, _ = net()
     ours, torchs = make(model), make_torch(model, p)
     for step in range(10):
         if step == 4:
             ours.learning_rate /= 2
             for group in torchs.param_groups:
                 group["lr"] /= 2
-        x, t = rng.standard_normal((4, *IMAGE)), rng.integers(0, 2, 4)
-        y = model.forward(backend.asarray(x), training=True)
-        _, dy = losses.SoftmaxCrossEntropy()(y, backend.asarray(t))
-        model.backward(dy)
+        for k, v in model.parameters().items():
+            g = rng.standard_normal(v.shape)
+            v.grad[...] = backend.asarray(g)
+            p[k].grad = torch.tensor(g)
         ours.step()
-
-        torchs.zero_grad()
-        F.cross_entropy(forward(torch.tensor(x), p), torch.tensor(t)).backward()
         torchs.step()
         for k, v in model.parameters().items():
+            want = p[k].detach().numpy()
+            largest = max(1, float(np.abs(want).max()))
             np.testing.assert_allclose(
-                backend.to_numpy(v.data), p[k].detach().numpy(), rtol=0,
-                atol=(step + 1) * 500 * unit_roundoff(np.dtype(np.float64)) * 30,
-                err_msg=f"{k} after step {step + 1}")
+                backend.to_numpy(v.data), want, rtol=0, err_msg=f"{k} after step {step + 1}",
+                atol=(step + 1) * 16 * unit_roundoff(want.dtype) * largest)
     assert ours.steps == 10
+
+
+def test_training_equals_torch(backend, rng):
+    """Ten steps of Nesterov's momentum: the same loss each time, and the same net at the end."""
+    model, p, torch_net = net()
+    ours = optim.Momentum(model, 0.1, 0.9, nesterov=True)
+    torchs = torch.optim.SGD(p.values(), 0.1, momentum=0.9, nesterov=True)
+    for step in range(10):
+        x, t = rng.standard_normal((4, *IMAGE)), rng.integers(0, 2, 4)
+        y = model.forward(backend.asarray(x), training=True)
+        loss, dy = losses.SoftmaxCrossEntropy()(y, backend.asarray(t))
+        model.backward(dy)
+        ours.step()
+        torchs.zero_grad()
+        loss64 = F.cross_entropy(torch_net(torch.tensor(x)), torch.tensor(t))
+        loss64.backward()
+        torchs.step()
+        assert_close(float(loss), float(loss64.detach()), x.dtype, [x], f"loss of step {step + 1}")
+    for k, v in model.parameters().items():
+        assert_close(backend.to_numpy(v.data), p[k].detach().numpy(), x.dtype, [x], k)

@@ -29,8 +29,9 @@ def train_step(model: Layer, loss: Loss, optimizer: Optimizer, x: Any, t: Any, *
     """
     backend = model.backend
     t = backend.asarray(t)
-    logits = model.forward(backend.asarray(x, model.dtype), training=True)
-    value, dlogits = loss(logits, t)
+    with np.errstate(over="ignore", invalid="ignore"):  # the loss shows it
+        logits = model.forward(backend.asarray(x, model.dtype), training=True)
+        value, dlogits = loss(logits, t)
     hits = int((logits.argmax(axis=1) == t).sum())
     if not np.isfinite(float(value)):
         return float(value), hits

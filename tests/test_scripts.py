@@ -1,0 +1,274 @@
+"""The scripts as a user meets them: files, exit codes, and one line for each error."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpucnn.data import fashion_mnist
+from tests import gpusim
+from tests.conftest import CUPY_RUNS
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ("--model", "lenet5", "--epochs", "1", "--train-images", "256", "--test-images", "100")
+Image = pytest.importorskip("PIL.Image", reason="needs Pillow: pip install 'gpucnn[images]'")
+pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'gpucnn[plot]'")
+pytest.importorskip("tqdm", reason="needs tqdm: pip install 'gpucnn[train]'")
+
+
+def run(*command, as_module=True, code=0, cwd=ROOT, **environment):
+    """Run a script; its exit code must be `code`, and an error must be one line."""
+    name, *arguments = map(str, command)
+    script = ["-m", name] if as_module else [ROOT / f"{name.replace('.', '/')}.py"]
+    settings = {"PYTHONPATH": str(ROOT), "GPUCNN_BACKEND": "numpy", **environment}
+    result = subprocess.run([sys.executable, *script, *arguments], cwd=cwd, text=True, check=False,
+                            capture_output=True, env={**os.environ, **settings})
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def error_of(result):
+    lines = [line for line in result.stderr.splitlines() if line.startswith("gpucnn: error: ")]
+    assert len(lines) == 1, result.stderr
+    assert result.stderr.splitlines()[-1] == lines[0]
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "first"
+    return out, run("scripts.train", *SMALL, "--out", out)
+
+
+def test_training_leaves_what_it_promises(trained):
+    out, result = trained
+    assert sorted(p.name for p in out.iterdir()) == [
+        "confusion.png", "curves.png", "history.json", "metrics.json", "model.json",
+        "model.safetensors"]
+    assert result.stdout.splitlines()[-1] == str(out)
+    assert result.stderr == "gpucnn: backend numpy (GPUCNN_BACKEND=numpy)\n"
+    assert "epoch 1/1: loss " in result.stdout
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {"test_accuracy", "seconds", "images_per_second", "backend", "device", "seed",
+            "versions"} <= set(metrics)
+    assert metrics["backend"] == "numpy"
+    assert metrics["images_per_second"] == pytest.approx(256 / metrics["seconds"])
+    history = json.loads((out / "history.json").read_text())
+    assert len(history["step_loss"]) == history["steps_per_epoch"] == 4
+    for name in ("curves.png", "confusion.png"):
+        with Image.open(out / name) as picture:
+            assert min(picture.size) > 500
+
+
+def test_the_same_seed_gives_the_same_bits(trained, tmp_path):
+    out, _ = trained
+    run("scripts/train", *SMALL, "--out", tmp_path / "again", as_module=False)
+    run("scripts.train", *SMALL, "--out", tmp_path / "other", "--seed", 1)
+    for name in ("model.safetensors", "history.json"):
+        first, again, other = ((folder / name).read_bytes() for folder in (
+            out, tmp_path / "again", tmp_path / "other"))
+        assert first == again != other
+
+
+def test_a_run_is_not_overwritten(trained):
+    out, _ = trained
+    result = run("scripts.train", *SMALL, "--out", out, code=1)
+    assert error_of(result).endswith("already holds a run; choose another --out")
+
+
+def test_default_run_folders_do_not_collide(tmp_path):
+    for _ in range(2):
+        folder = run("scripts.train", *SMALL, cwd=tmp_path).stdout.splitlines()[-1]
+        assert (tmp_path / folder / "model.safetensors").exists()
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    assert "model runs/" in run("scripts.evaluate", cwd=tmp_path).stderr
+
+
+def test_evaluate(trained, tmp_path):
+    out, _ = trained
+    result = run("scripts.evaluate", "--run", out, "--plot", tmp_path / "c.png")
+    assert "fashion-mnist-subset-test: 2,000 images, accuracy 0." in result.stdout
+    assert "Ankle boot" in result.stdout
+    matrix = [[int(n) for n in line.split()[-10:]] for line in result.stdout.splitlines()[-10:]]
+    assert np.sum(matrix) == 2000
+    assert (tmp_path / "c.png").exists()
+
+
+def test_predict(trained, tmp_path):
+    out, _ = trained
+    _, test_set = fashion_mnist.load(subset=True)
+    good, large = tmp_path / "good.png", tmp_path / "large.jpg"
+    Image.fromarray(test_set.images[0, ..., 0]).save(good)
+    Image.fromarray(test_set.images[1, ..., 0]).convert("RGB").resize((300, 200)).save(large)
+    lines = run("scripts.predict", good, large, "--run", out, "--top", 10).stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == [str(good), str(large)]
+    shares = [float(p.split()[-1].rstrip("%")) for p in lines[0].split(": ")[1].split(", ")]
+    assert len(shares) == 10
+    assert sum(shares) == pytest.approx(100, abs=1)
+    assert shares == sorted(shares, reverse=True)
+    inverted = run("scripts.predict", good, "--run", out, "--invert").stdout
+    assert inverted != lines[0] + "\n"
+
+    broken, holes = tmp_path / "broken.png", tmp_path / "holes.tiff"
+    broken.write_bytes(good.read_bytes()[:100])
+    result = run("scripts.predict", broken, good, "--run", out, code=1)
+    assert len(result.stdout.splitlines()) == 1
+    assert f"warning: {broken}: " in result.stderr
+    Image.fromarray(np.full((28, 28), np.nan, np.float32)).save(holes)  # row 11
+    result = run("scripts.predict", good, holes, "--run", out, code=1)
+    assert error_of(result) == f"gpucnn: error: image 1 ({holes}) holds 784 NaN values"
+
+
+USAGE = {
+    "a value": (("--epochs", "0"), "argument --epochs: must be >= 1, got 0"),
+    "a word": (("--optimizer", "best"), "invalid choice: 'best'"),
+    "a rate": (("--learning-rate", "nan"), "--learning-rate: must be > 0 and finite, got nan"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), USAGE.values(), ids=USAGE)
+def test_wrong_usage_exits_2(arguments, message):
+    assert message in run("scripts.train", *arguments, code=2).stderr
+
+
+def test_backends_that_cannot_work_exit_2(tmp_path):  # rows 43 to 45
+    for unknown in ("cuda", "", "CuPy"):
+        result = run("scripts.train", *SMALL, code=2, GPUCNN_BACKEND=unknown)
+        assert error_of(result).startswith(f"gpucnn: error: GPUCNN_BACKEND='{unknown}' is not")
+    package = tmp_path / "cupy"
+    package.mkdir()
+    for error, remedy in ((None, "pip install 'gpucnn[cuda12]'"),
+                          ("cudaErrorInsufficientDriver: too old", "update the NVIDIA driver"),
+                          ("cudaErrorNoDevice: none", "check nvidia-smi and CUDA_VISIBLE_DEVICES")):
+        raises = ("raise ModuleNotFoundError('no', name='cupy')" if error is None else
+                  "import types\n__version__ = '14.0'\n"
+                  "class E(RuntimeError): pass\n"
+                  f"def count(): raise E({error!r})\n"
+                  "cuda = types.SimpleNamespace(runtime=types.SimpleNamespace(\n"
+                  "    CUDARuntimeError=E, getDeviceCount=count))\n")
+        (package / "__init__.py").write_text(raises)
+        settings = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+        result = run("scripts.train", *SMALL, code=2, GPUCNN_BACKEND="cupy", **settings)
+        assert error_of(result).startswith("gpucnn: error: GPUCNN_BACKEND=cupy but ")
+        assert remedy in result.stderr
+        result = run("scripts.evaluate", "--run", "nowhere", code=1, GPUCNN_BACKEND="auto",
+                     **settings)
+        assert result.stderr.startswith("gpucnn: backend numpy (CuPy ")
+        assert remedy in result.stderr
+        assert "nowhere" in error_of(result)
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path):  # row 12
+    result = run("scripts.train", *SMALL, "--model", "article", "--optimizer", "sgd",
+                 "--learning-rate", "1e30", "--out", tmp_path / "run", code=1)
+    assert len(result.stderr.splitlines()) == 2  # the backend, and the error
+    message = error_of(result)
+    assert "at epoch 1 step " in message
+    assert "(lr 1e+30); no model was saved yet; lower the learning rate or use --clip" in message
+
+
+def test_data_that_is_missing_is_named(tmp_path):  # row 29
+    result = run("scripts.train", "--data", "full", "--data-dir", tmp_path, code=1)
+    assert "train-images-idx3-ubyte.gz" in error_of(result)
+    result = run("scripts.train", "--data-dir", tmp_path, code=2)
+    assert "--data-dir goes with --data full" in error_of(result)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals(number, code, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.train", "--epochs", "50", "--out", str(out)], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "GPUCNN_BACKEND": "numpy"})
+    deadline = time.monotonic() + 60
+    while not out.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+
+
+def test_a_reader_that_goes_away_is_no_error(trained):
+    out, _ = trained
+    process = subprocess.Popen([sys.executable, "-m", "scripts.evaluate", "--run", str(out)],
+                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "GPUCNN_BACKEND": "numpy"})
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 0, errors
+    assert "Error" not in errors
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "predict", "gpu_check"])
+def test_help(script):
+    text = run(f"scripts.{script}", "--help").stdout
+    assert text.startswith(f"usage: {script}.py ")
+    assert "--debug" in text
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    result = subprocess.run([sys.executable, "-m", "scripts.evaluate", "--run", str(tmp_path),
+                             "--debug"], cwd=ROOT, capture_output=True, text=True, check=False,
+                            env={**os.environ, "GPUCNN_BACKEND": "numpy"})
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "DataError" in result.stderr
+
+
+@pytest.mark.skipif(not CUPY_RUNS or not gpusim.available()[0], reason="needs a C++ compiler")
+def test_the_cupy_code_gives_the_same_loss_curve(tmp_path):
+    """The article's network, a small run, through the CUDA sources; twice, and once on NumPy."""
+    small = ("--model", "article", "--epochs", "1", "--train-images", "48", "--test-images", "20",
+             "--batch-size", "16", "--out")
+    for name in ("a", "b"):
+        run("tests.gpusim", "scripts.train", *small, tmp_path / name, GPUCNN_BACKEND="cupy",
+            GPUSIM_CHECKS="off")
+    run("scripts.train", *small, tmp_path / "numpy")
+    curves = {name: json.loads((tmp_path / name / "history.json").read_text())["step_loss"]
+              for name in ("a", "b", "numpy")}
+    assert len(curves["a"]) == 3
+    assert curves["a"] == curves["b"]
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
+        tmp_path / "b" / "model.safetensors").read_bytes()
+    # Sums in another order differ by about 1e-7; three steps of Adam, whose first steps have the
+    # size of the learning rate whatever the gradient, let that grow.
+    np.testing.assert_allclose(curves["a"], curves["numpy"], rtol=1e-4)
+    assert json.loads((tmp_path / "a" / "metrics.json").read_text())["backend"] == "cupy"
+    run("scripts.evaluate", "--run", tmp_path / "a")  # saved on one backend, read on the other
+
+
+def test_gpu_check_without_a_gpu_says_so(tmp_path):
+    (tmp_path / "cupy.py").write_text("raise ModuleNotFoundError('no', name='cupy')")
+    result = run("scripts.gpu_check", code=2, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert error_of(result) == ("gpucnn: error: gpu_check needs a GPU, but CuPy is not installed; "
+                                "pip install 'gpucnn[cuda12]' (or cuda13)")
+
+
+@pytest.mark.skipif(not gpusim.available()[0], reason=gpusim.available()[1])
+def test_gpu_check_through_the_simulator(tmp_path):
+    out = tmp_path / "report.json"
+    result = run("tests.gpusim", "scripts.gpu_check", "--only", "kernels", "--only", "training",
+                 "--batch-size", "1", "--windows", "1", "--train-images", "16", "--out", out,
+                 GPUSIM_CHECKS="off")
+    report = json.loads(out.read_text())
+    assert report["machine"]["gpu"] == "gpusim (CPU)"
+    assert report["kernels"]["passed"]
+    assert report["training"]["bitwise_equal"]
+    rows = {row["kernel"]: row for row in report["kernels"]["rows"]}
+    assert len(rows) == 15
+    # One image of 28x28x32 float32 in, a quarter of it and a byte for each of those out.
+    assert rows["max_pool 28x28x32"]["bytes"] == 28 * 28 * 32 * 4 + 14 * 14 * 32 * (4 + 1)
+    assert rows["im2col 14x14x64"]["bytes"] == 14 * 14 * 64 * 4 * 10
+    assert result.stdout.splitlines()[-1] == str(out)
