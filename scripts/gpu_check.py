@@ -26,7 +26,7 @@ import numpy as np
 import gpucnn
 from gpucnn import cli, losses, models, optim, training
 from gpucnn.backend import Backend, cupy_obstacle, make_backend
-from gpucnn.data import Loader, fashion_mnist
+from gpucnn.data import Dataset, Loader, fashion_mnist
 from gpucnn.files import write_atomically
 from gpucnn.geometry import Window, make_window
 
@@ -66,8 +66,8 @@ def parser() -> argparse.ArgumentParser:
                    help="images in the tensors of the kernels (default: %(default)s)")
     p.add_argument("--windows", type=cli.positive_int, default=9, metavar="N",
                    help="how often each kernel is timed (default: %(default)s)")
-    p.add_argument("--train-images", type=cli.positive_int, metavar="N",
-                   help="train on the first N images of the subset only")
+    p.add_argument("--images", type=cli.positive_int, metavar="N",
+                   help="train and test on the first N images of the subset only")
     p.add_argument("--only", action="append", choices=SECTIONS, metavar="SECTION",
                    help=f"run this section, may be repeated: {', '.join(SECTIONS)}")
     return p
@@ -272,10 +272,9 @@ def time_launches(backend: Backend, launch: Callable[[int], None], n_buffers: in
 
 def run_training(backend: Backend, arguments: argparse.Namespace) -> dict[str, Any]:
     """An epoch of the article's network on the packaged images, twice: the same bits?"""
-    train_set, test_set = fashion_mnist.load(subset=True)
-    n = arguments.train_images or len(train_set)
-    train_set = type(train_set)(train_set.images[:n], train_set.labels[:n], train_set.class_names,
-                                train_set.name)
+    train_set, test_set = (Dataset(d.images[:arguments.images], d.labels[:arguments.images],
+                                   d.class_names, d.name) for d in fashion_mnist.load(subset=True))
+    n = len(train_set)
     runs = []
     for _ in range(2):
         with gpucnn.use_backend("cupy"):

@@ -260,7 +260,7 @@ def test_gpu_check_without_a_gpu_says_so(tmp_path):
 def test_gpu_check_through_the_simulator(tmp_path):
     out = tmp_path / "report.json"
     result = run("tests.gpusim", "scripts.gpu_check", "--only", "kernels", "--only", "training",
-                 "--batch-size", "1", "--windows", "1", "--train-images", "16", "--out", out,
+                 "--batch-size", "1", "--windows", "1", "--images", "16", "--out", out,
                  GPUSIM_CHECKS="off")
     report = json.loads(out.read_text())
     assert report["machine"]["gpu"] == "gpusim (CPU)"
