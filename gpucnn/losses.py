@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from gpucnn.backend import Array, backend_of
-from gpucnn.ops import softmax_cross_entropy
+from gpucnn.ops import as_array, softmax_cross_entropy
 
 
 class SoftmaxCrossEntropy:
@@ -24,7 +24,7 @@ class MeanSquaredError:
 
     def __call__(self, y: Array, t: Array) -> tuple[Array, Array]:
         """(loss, dy). Raises ValueError for other shapes or an empty batch."""
-        t = _targets(y, t)
+        y, t = _receive(type(self).__name__, y, t)
         error = y - t
         return (error * error).mean(), error * (2 / error.size)
 
@@ -37,7 +37,7 @@ class BinaryCrossEntropy:
 
     def __call__(self, z: Array, t: Array) -> tuple[Array, Array]:
         """(loss, dz). Raises ValueError for other shapes or an empty batch."""
-        t = _targets(z, t)
+        z, t = _receive(type(self).__name__, z, t)
         xp = backend_of(z).xp
         # max(z, 0) - z t + log(1 + exp(-|z|)) is the same and cannot overflow.
         small = xp.exp(-xp.abs(z))
@@ -46,11 +46,12 @@ class BinaryCrossEntropy:
         return loss, (sigmoid - t) / z.size
 
 
-def _targets(y: Array, t: Array) -> Array:
+def _receive(where: str, y: Array, t: Array) -> tuple[Array, Array]:
+    y = as_array(where, "outputs", y)
     backend = backend_of(y)
     t = backend.asarray(t, y.dtype)
     if t.shape != y.shape:
         raise ValueError(f"outputs have shape {y.shape}, targets {t.shape}; they must be equal")
     if y.size == 0:
         raise ValueError("loss of an empty batch is undefined (0 samples)")
-    return t
+    return y, t

@@ -112,7 +112,7 @@ def max_pool2d_backward(dy: Array, mask: Array, x_shape: tuple[int, ...], size: 
     backend, dtype, (dy,) = _receive(where, dy=dy)
     window = _pool_window(where, x_shape, size, stride, padding, dilation)
     _check_shape(where, "dy", dy, (x_shape[0], *window.out_size(*x_shape[1:3]), x_shape[3]))
-    if backend_of(mask) is not backend or mask.dtype != window.mask_dtype:
+    if backend_of(mask) is not backend or getattr(mask, "dtype", None) != window.mask_dtype:
         raise TypeError(f"{where}: mask is {type(mask).__module__} {getattr(mask, 'dtype', None)}; "
                         f"pass the {np.dtype(window.mask_dtype)} mask that max_pool2d returned")
     _check_shape(where, "mask", mask, dy.shape)
@@ -182,6 +182,8 @@ def check_labels(backend: Backend, labels: Array, n: int, classes: int) -> Array
     """
     if isinstance(labels, (list, tuple)):
         labels = np.asarray(labels)
+    if not hasattr(labels, "dtype"):
+        raise TypeError(f"labels must be integers of shape (N,), got {labels!r}")
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
         raise TypeError(f"labels must be integers of shape (N,), got {labels.dtype} {labels.shape}"
                         "; for one-hot use labels.argmax(1)")

@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -124,7 +123,7 @@ def train_epoch(model, loss, optimizer, loader, epoch, arguments, history, last_
     seen = hits = 0
     total = 0.0
     with tqdm(total=len(loader.dataset), unit="images", desc=f"epoch {epoch}/{arguments.epochs}",
-              disable=None if sys.stderr.isatty() else True, leave=False) as bar:
+              disable=None, leave=False) as bar:
         for step, (x, t) in enumerate(loader.epoch(epoch - 1), 1):
             value, right = train_step(model, loss, optimizer, x, t, clip_norm=arguments.clip_norm)
             check_finite(value, epoch=epoch, step=step, learning_rate=optimizer.learning_rate,

@@ -60,6 +60,13 @@ def test_use_backend_wins_and_is_undone(monkeypatch):
         get_backend()
 
 
+def test_use_backend_is_undone_by_an_error_and_nests(cupy_backend):
+    with pytest.raises(ZeroDivisionError), use_backend("numpy") as inner:
+        assert get_backend() is inner
+        raise ZeroDivisionError
+    assert get_backend() is cupy_backend
+
+
 def test_use_backend_holds_in_its_own_thread_only(monkeypatch):
     monkeypatch.setenv("GPUCNN_BACKEND", "bad")
     errors = []
@@ -108,6 +115,25 @@ def test_cupy_missing_no_driver_no_gpu_are_three_remedies(monkeypatch, fresh):  
             get_backend()
 
 
+@pytest.mark.parametrize("error", [
+    ImportError("libnvrtc.so.12: cannot open shared object file"),
+    ModuleNotFoundError("No module named 'fastrlock'", name="fastrlock")])
+def test_a_cupy_that_cannot_be_imported_says_why(error, monkeypatch, fresh):
+    """CuPy raises a page of advice from the error that says what is wrong."""
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name == "cupy":
+                raise ImportError("\n=====\nFailed to import CuPy.\n=====\n") from error
+
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(BackendError) as caught:
+        make_backend("cupy")
+    assert str(caught.value) == (f"GPUCNN_BACKEND=cupy but CuPy cannot be imported ({error}); "
+                                 "reinstall it, or set GPUCNN_BACKEND=numpy")
+    assert make_backend("auto").name == "numpy"
+
+
 def test_a_missing_cupy_says_how_to_install_it(tmp_path):
     """In a process of its own, where nothing stands in CuPy's place."""
     script = ("import sys\n"
@@ -139,7 +165,11 @@ def test_auto_says_once_what_it_took_and_why(monkeypatch, fresh, capsys):
 
 def test_importing_touches_nothing():
     script = ("import os, sys\n"
-              "os.environ['GPUCNN_BACKEND'] = 'nonsense'\n"
+              "read = os._Environ.__getitem__\n"
+              "def refuse(self, key):\n"
+              "    assert not key.startswith('GPUCNN'), key\n"
+              "    return read(self, key)\n"
+              "os._Environ.__getitem__ = refuse\n"
               "import gpucnn\n"
               "heavy = {'cupy', 'torch', 'matplotlib', 'PIL', 'tqdm', 'pooch'} & set(sys.modules)\n"
               "assert not heavy, heavy\n")

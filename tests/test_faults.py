@@ -6,7 +6,16 @@ import pytest
 
 from gpucnn import losses, ops, optim
 from gpucnn.backend import use_backend
-from gpucnn.layers import AvgPool2D, BatchNorm, Conv2D, Dense, MaxPool2D, Sequential
+from gpucnn.layers import (
+    AvgPool2D,
+    BatchNorm,
+    Conv2D,
+    Dense,
+    GlobalAvgPool2D,
+    MaxPool2D,
+    Sequential,
+)
+from gpucnn.training import train_step
 from tests.conftest import needs_cupy
 
 X = np.random.default_rng(0).standard_normal((2, 6, 5, 3)).astype(np.float32)
@@ -68,6 +77,21 @@ def test_dtypes(dtype, message):
             call()
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_row_5_float16_that_overflows_is_inf_and_the_loss_shows_it():
+    y = ops.conv2d(np.full((1, 3, 3, 3), 6e4, np.float16), np.ones((3, 3, 3, 4), np.float16))
+    assert y.dtype == np.float16
+    assert np.isinf(y).all()
+    model = Sequential([Conv2D(4, 3, name="c1"), GlobalAvgPool2D()])
+    model.build((6, 5, 3))
+    before = model.flat_data.copy()
+    x = X.astype(np.float16)
+    x[0] = np.inf
+    loss, _ = train_step(model, losses.SoftmaxCrossEntropy(), optim.Adam(model), x, [0, 1])
+    assert not np.isfinite(loss)
+    np.testing.assert_array_equal(model.flat_data, before)
+
+
 def views():
     big = np.random.default_rng(2).standard_normal((4, 12, 10, 6)).astype(np.float32)
     read_only = big[:2, :6, :5, :3].copy()
@@ -108,6 +132,19 @@ def test_rows_6_and_7_views_give_the_same_bits(name, backend):
         np.testing.assert_array_equal(backend.to_numpy(got), backend.to_numpy(wanted))
         assert got.dtype.isnative
     np.testing.assert_array_equal(backend.to_numpy(x), before)
+
+
+@pytest.mark.parametrize("name", views())
+def test_rows_6_and_7_views_into_a_layer(name):
+    x = views()[name]
+    dy = np.random.default_rng(4).standard_normal((4, 3, 4, 2)).transpose(3, 2, 1, 0)
+    results = []
+    for values, gradient in ((x, dy), (np.array(x, np.float32, order="C"), dy.copy())):
+        layer = conv(activation="tanh")
+        y = layer.forward(values, training=True)
+        results.append([y, layer.backward(gradient), layer.flat_grad])
+    for got, wanted in zip(*results):
+        np.testing.assert_array_equal(got, wanted)
 
 
 @pytest.mark.filterwarnings("ignore:the matrix subclass")
@@ -239,6 +276,10 @@ PARAMETERS = {
     "columns": (ValueError, lambda: ops.col2im(X[0, 0], X.shape, 2), "cols has shape (5, 3)"),
     "mask": (TypeError, lambda: ops.max_pool2d_backward(X[:, :3, :2], X[:, :3, :2], X.shape, 2),
              "pass the uint8 mask that max_pool2d returned"),
+    "no mask": (TypeError, lambda: ops.max_pool2d_backward(X[:, :3, :2], None, X.shape, 2),
+                "pass the uint8 mask that max_pool2d returned"),
+    "row 27 no array": (TypeError, lambda: ops.softmax_cross_entropy(X[0, 0], 3),
+                        "labels must be integers of shape (N,), got 3"),
     "dense": (ValueError, lambda: Dense(3, name="d").build((4, 4, 1)),
               "Dense 'd': expected input with 2 dimensions, got 4: (1, 4, 4, 1); put a Flatten()"),
     "unbuilt": (RuntimeError, lambda: Conv2D(4, name="c").forward(X), "Conv2D 'c': not built"),

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from gpucnn import layers, models
+from gpucnn import rng as rng_module
 from gpucnn.backend import use_backend
 from gpucnn.layers import (
     AvgPool2D,
@@ -105,6 +106,10 @@ def test_each_forward_serves_one_backward(make, shape, backend, rng):
     layer.backward(y)
     with pytest.raises(RuntimeError, match="before forward"):
         layer.backward(y)
+    layer.forward(x, training=True)
+    layer.forward(x)  # inference lets go of what training saved
+    with pytest.raises(RuntimeError, match="before forward"):
+        layer.backward(y)
 
 
 @TABLE
@@ -133,8 +138,13 @@ def test_config_makes_the_same_layer(make, shape, backend, rng):
 def test_an_empty_batch_gives_an_empty_result(make, shape, backend):
     layer = make()
     output_shape = layer.build(shape)
-    y = layer.forward(backend.xp.zeros((0, *shape), np.float32))
-    assert y.shape == (0, *output_shape)
+    empty = backend.xp.zeros((0, *shape), np.float32)
+    assert layer.forward(empty).shape == (0, *output_shape)
+    if not layer.buffers():  # BatchNorm has no mean of nothing to train with
+        layer.flat_grad[...] = 7
+        dx = layer.backward(layer.forward(empty, training=True))
+        assert dx.shape == empty.shape
+        assert not layer.flat_grad.any()
 
 
 @TABLE
@@ -167,7 +177,16 @@ def test_both_backends_agree(make, shape, rng):
         np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_masks_are_equal_and_new_each_step(backend):
+def test_dropout_draws_the_mask_of_its_key_and_step(backend):
+    layer = Dropout(0.3)
+    layer.build((1001,), seed=7)
+    for step in range(2):
+        y = backend.to_numpy(layer.forward(backend.xp.ones((2, 1001), np.float32), training=True))
+        drawn = rng_module.random_words(2002, layer.key, step).reshape(2, 1001)
+        np.testing.assert_array_equal(y != 0, drawn >= rng_module.drop_threshold(0.3))
+
+
+def test_dropout_masks_are_new_each_step_and_the_same_in_backward(backend):
     layer = Dropout(0.3)
     layer.build((1000,), seed=7)
     ones = backend.xp.ones((50, 1000), np.float32)
@@ -202,6 +221,19 @@ def test_weights_come_first_in_the_flat_array():
     assert (layer.parameters()["norm1/gamma"].data == 9).all()
 
 
+def test_models_draw_other_numbers_for_each_parameter_layer_and_seed():
+    def build(seed):
+        model = Sequential([Conv2D(2, 1), Conv2D(2, 1), Dropout(), Dropout()])
+        model.build((3, 3, 2), seed=seed)
+        return model
+
+    one, two = build(1), build(2)
+    first, second = (one.parameters()[f"conv{i}/w"].data for i in (1, 2))
+    assert (first != second).any()
+    assert (first != two.parameters()["conv1/w"].data).any()
+    assert len({layer.key for model in (one, two) for layer in model.layers[2:]}) == 4
+
+
 def test_names_and_paths():
     model = Sequential([Conv2D(2), Conv2D(2, name="last"),
                         Residual(Sequential([Conv2D(2, padding="same")]))])
@@ -222,6 +254,16 @@ def test_containers_refuse_what_does_not_fit():
         Concat([Conv2D(3, 1), Conv2D(3, 3)]).build((5, 5, 3))
     with pytest.raises(ValueError, match="at least one"):
         Concat([])
+    for make in (lambda: Sequential([ReLU(), 3]), lambda: Residual(3),
+                 lambda: Residual(ReLU(), 3), lambda: Concat([3])):
+        with pytest.raises(TypeError, match=": 3 is not a layer"):
+            make()
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (6, 5, 0), (6.0, 5, 3), ("6", 5, 3)])
+def test_build_refuses_sizes_that_are_none(shape):
+    with pytest.raises(ValueError, match="^Conv2D: input_shape must be ints >= 1 without"):
+        Conv2D(4).build(shape)
 
 
 def test_summary_of_the_articles_network(capsys):

@@ -24,6 +24,21 @@ def test_shapes_and_parameters(name):
     assert model.forward(x).shape == (2, 10)
 
 
+@pytest.mark.parametrize("name", ["article", "lenet5"])
+def test_networks_learn_in_float64(name, backend):
+    model = MODELS[name](3)
+    model.build((12, 12, 1), seed=1, dtype=np.float64)
+    x = np.random.default_rng(0).random((3, 12, 12, 1))
+    t = np.arange(3)
+    loss, optimizer = losses.SoftmaxCrossEntropy(), optim.Adam(model, 0.003)
+    before, _ = loss(model.forward(backend.asarray(x)), t)
+    for _ in range(8):
+        train_step(model, loss, optimizer, x, t)
+    after, _ = loss(model.forward(backend.asarray(x)), t)
+    assert after < 0.8 * before
+    assert before.dtype == after.dtype == np.float64
+
+
 def small():
     model = layers.Sequential([
         layers.Conv2D(4, 3, padding="same", bias=False), layers.BatchNorm(), layers.ReLU(),

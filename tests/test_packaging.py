@@ -11,6 +11,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import gpucnn
@@ -37,11 +38,17 @@ print("found", gpucnn.__version__)
 """
 
 
-def look_around(where, python_path, cwd, *options):
-    """In a process of its own, started elsewhere: gpucnn must come from the folder `where`."""
+def look_around(where, cwd, before=""):
+    """In a process of its own, started elsewhere: gpucnn must come from the folder `where`.
+
+    -S leaves out the .pth files of this environment, where gpucnn may be installed as well.
+    """
+    libraries = Path(np.__file__).parents[1]
+    path = [libraries] if before else [where, libraries]
     result = subprocess.run(
-        [sys.executable, *options, "-c", LOOK_AROUND, str(where)], cwd=cwd, capture_output=True,
-        text=True, check=False, env={**os.environ, "PYTHONPATH": str(python_path)})
+        [sys.executable, "-S", "-c", before + LOOK_AROUND, str(where)], cwd=cwd, text=True,
+        capture_output=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))})
     assert result.stdout == f"found {gpucnn.__version__}\n", result.stderr
 
 
@@ -72,12 +79,12 @@ def unpack(wheel, folder):
 
 
 def test_bare_checkout(source, tmp_path):
-    look_around(source, source, tmp_path)
+    look_around(source, tmp_path)
 
 
 def test_wheel(source, tmp_path):
     installed = unpack(build(source, "wheel", tmp_path), tmp_path / "installed")
-    look_around(installed, installed, tmp_path)
+    look_around(installed, tmp_path)
     names = {p.name for p in installed.iterdir()}
     assert names == {"gpucnn", f"gpucnn-{gpucnn.__version__}.dist-info"}
 
@@ -92,16 +99,13 @@ def test_sdist_and_the_wheel_made_from_it(source, tmp_path):
             "scripts/train.py", "docs/article.md"} <= names
     unpacked = tmp_path / sdist.name.removesuffix(".tar.gz")
     installed = unpack(build(unpacked, "wheel", tmp_path), tmp_path / "installed")
-    look_around(installed, installed, tmp_path)
+    look_around(installed, tmp_path)
 
 
 def test_editable_install(source, tmp_path):
     installed = unpack(build(source, "editable", tmp_path), tmp_path / "site")
-    # As site-packages are: .pth files are read, and they may name a finder.
-    script = f"import site; site.addsitedir({str(installed)!r})\n"
-    (tmp_path / "start").mkdir()
-    (tmp_path / "start" / "sitecustomize.py").write_text(script)
-    look_around(source, tmp_path / "start", tmp_path)
+    # As in site-packages, .pth files are read, and they may name a finder.
+    look_around(source, tmp_path, f"import site; site.addsitedir({str(installed)!r})\n")
 
 
 def test_the_metadata_agree():

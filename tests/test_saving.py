@@ -96,6 +96,15 @@ def test_row_35_views_are_saved_as_they_look(view, tmp_path):
     np.testing.assert_array_equal(again.parameters()["conv1/w"].data, parameter.data)
 
 
+def test_numpy_numbers_as_arguments_are_saved(tmp_path):
+    model = Sequential([Conv2D(np.int64(2), np.int32(1), groups=np.int64(1)),
+                        Dropout(np.float64(0.25))])
+    model.build(SHAPE)
+    save_model(model, tmp_path / "m.safetensors")
+    again, _ = load_model(tmp_path / "m.safetensors")
+    assert again.config() == model.config()
+
+
 def header(data):
     return int.from_bytes(data[:8], "little")
 
@@ -138,6 +147,14 @@ DESCRIPTIONS = {
                          "layer ReLU cannot be made: .*'x'"),
     "no shape": (b'{"format": 1, "gpucnn": "0.1.0", "model": {"class": "ReLU"}}',
                  "'input_shape' is missing"),
+    "model is a list": (b'{"format": 1, "gpucnn": "0.1.0", "model": []}',
+                        "a layer must be an object with its class, got"),
+    "part is no layer": (b'{"format": 1, "gpucnn": "0.1.0", "model": {"class": "Residual", "body":'
+                         b' 3}}', "Residual: 3 is not a layer"),
+    "layers is text": (b'{"format": 1, "gpucnn": "0.1.0", "model": {"class": "Sequential", "layers"'
+                       b': "x"}}', "Sequential: 'x' is not a layer"),
+    "bad shape": (b'{"format": 1, "gpucnn": "0.1.0", "model": {"class": "ReLU"}, "input_shape": '
+                  b'[-1], "dtype": "float32"}', "input_shape must be ints >= 1"),
 }
 
 

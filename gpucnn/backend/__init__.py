@@ -120,12 +120,11 @@ def cupy_obstacle() -> str | None:
     """Why CuPy cannot work here and what to do about it; None if it can."""
     try:
         import cupy
-    except ModuleNotFoundError as e:
-        if e.name != "cupy":
-            raise
-        return "CuPy is not installed; pip install 'gpucnn[cuda12]' (or cuda13)"
     except ImportError as e:
-        return f"CuPy cannot be imported ({str(e).strip().splitlines()[0]}); reinstall it"
+        if isinstance(e, ModuleNotFoundError) and e.name == "cupy":
+            return "CuPy is not installed; pip install 'gpucnn[cuda12]' (or cuda13)"
+        reason = str(e.__cause__ or e)  # CuPy wraps the error that says why in a page of advice
+        return f"CuPy cannot be imported ({' '.join(reason.split())}); reinstall it"
     try:
         if cupy.cuda.runtime.getDeviceCount() > 0:
             return None

@@ -45,6 +45,8 @@ def from_config(config: dict[str, Any]) -> Layer:
 
     Raises ModelFormatError for a class or an argument that this version does not know.
     """
+    if not isinstance(config, dict):
+        raise ModelFormatError(f"a layer must be an object with its class, got {config!r}")
     arguments = {k: _revive(v) for k, v in config.items() if k != "class"}
     if config.get("class") not in _CLASSES:
         raise ModelFormatError(f"layer class {config.get('class')!r} is not known; known: "

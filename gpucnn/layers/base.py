@@ -114,6 +114,9 @@ class Layer:
             raise ValueError(f"{self.where}: seed must be from 0 to 2**32 - 1, got {seed}")
         if np.dtype(dtype) not in (np.float32, np.float64):
             raise TypeError(f"{self.where}: dtype must be float32 or float64, got {dtype}")
+        if not all(isinstance(n, (int, np.integer)) and n > 0 for n in input_shape):
+            raise ValueError(f"{self.where}: input_shape must be ints >= 1 without the batch axis, "
+                             f"such as (28, 28, 1); got {tuple(input_shape)}")
         self.output_shape = self.declare_at(tuple(input_shape), self.path)
         drawn = [p.initializer(p.shape, seed, stream)
                  for stream, p in enumerate(self.parameters().values())]
@@ -267,4 +270,4 @@ def _plain(value: Any) -> Any:
         return value.config()
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    return value
+    return value.item() if isinstance(value, np.generic) else value

@@ -50,6 +50,8 @@ class Residual(Layer):
 
     def __init__(self, body: Layer, shortcut: Layer | None = None, **options):
         super().__init__(**options)
+        for part in (body, *([] if shortcut is None else [shortcut])):
+            _check_layer(self, part)
         self.body = body
         self.shortcut = shortcut
 
@@ -115,6 +117,7 @@ def _name_layers(parent: Layer, layers: Sequence[Layer]) -> dict[str, Layer]:
     numbers: Counter[str] = Counter()
     named: dict[str, Layer] = {}
     for layer in layers:
+        _check_layer(parent, layer)
         numbers[layer.kind] += 1
         name = layer.name or f"{layer.kind}{numbers[layer.kind]}"
         if name in named:
@@ -124,6 +127,11 @@ def _name_layers(parent: Layer, layers: Sequence[Layer]) -> dict[str, Layer]:
             raise ValueError(f"{parent.where}: {name!r} stands in it twice; make a second layer")
         named[name] = layer
     return named
+
+
+def _check_layer(parent: Layer, part: object) -> None:
+    if not isinstance(part, Layer):
+        raise TypeError(f"{parent.where}: {part!r} is not a layer")
 
 
 def _inside(parent: Layer, name: str) -> str:

@@ -1,0 +1,88 @@
+"""Losses against their formulas, finite differences, and numbers where exp() overflows."""
+from __future__ import annotations
+
+from math import log
+
+import numpy as np
+import pytest
+
+from gpucnn.losses import BinaryCrossEntropy, MeanSquaredError, SoftmaxCrossEntropy
+
+
+def soft_targets(labels, classes, smoothing):
+    return np.eye(classes)[labels] * (1 - smoothing) + smoothing / classes
+
+
+def cross_entropy(z, t, smoothing=0.0):
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    return -(soft_targets(t, z.shape[1], smoothing) * np.log(p)).sum(1).mean()
+
+
+def binary_cross_entropy(z, t):
+    p = 1 / (1 + np.exp(-z))
+    return -(t * np.log(p) + (1 - t) * np.log(1 - p)).mean()
+
+
+# name: (the loss, its formula, targets for outputs of a shape)
+LOSSES = {
+    "SoftmaxCrossEntropy": (SoftmaxCrossEntropy(), cross_entropy,
+                            lambda rng, shape: rng.integers(0, shape[1], shape[0])),
+    "label smoothing": (SoftmaxCrossEntropy(0.2), lambda z, t: cross_entropy(z, t, 0.2),
+                        lambda rng, shape: rng.integers(0, shape[1], shape[0])),
+    "MeanSquaredError": (MeanSquaredError(), lambda y, t: ((y - t) ** 2).mean(),
+                         lambda rng, shape: rng.standard_normal(shape)),
+    "BinaryCrossEntropy": (BinaryCrossEntropy(), binary_cross_entropy,
+                           lambda rng, shape: rng.random(shape)),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_value_and_gradient(name, backend, rng):
+    loss, formula, targets = LOSSES[name]
+    y, v = rng.standard_normal((2, 5, 4))
+    t = targets(rng, y.shape)
+    there = backend.asarray(t)
+    value, gradient = loss(backend.asarray(y), there)
+    assert float(value) == pytest.approx(formula(y, t), rel=1e-12)
+    assert gradient.shape == y.shape
+    step = 1e-6
+    up, down = (float(loss(backend.asarray(y + s * v), there)[0]) for s in (step, -step))
+    exact = float((backend.to_numpy(gradient) * v).sum())
+    assert (up - down) / (2 * step) == pytest.approx(exact, rel=1e-7, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_float32_stays_float32_and_inputs_are_not_written(name, backend, rng):
+    loss, _, targets = LOSSES[name]
+    y = backend.asarray(rng.standard_normal((3, 4)), np.float32)
+    t = backend.asarray(targets(rng, y.shape))
+    copies = y.copy(), t.copy()
+    value, gradient = loss(y, t)
+    assert value.dtype == gradient.dtype == np.float32
+    assert isinstance(gradient, backend.xp.ndarray)
+    assert (y == copies[0]).all()
+    assert (t == copies[1]).all()
+
+
+def test_known_values(backend):
+    zeros = backend.xp.zeros((1, 4))
+    assert float(SoftmaxCrossEntropy()(zeros, [2])[0]) == pytest.approx(log(4))
+    assert float(BinaryCrossEntropy()(zeros, zeros + 0.3)[0]) == pytest.approx(log(2))
+    assert float(MeanSquaredError()(zeros, zeros + 3)[0]) == 9
+
+
+def test_large_logits_do_not_overflow(backend):
+    z = backend.asarray([[1e4, -1e4]], np.float32)
+    value, gradient = SoftmaxCrossEntropy()(z, [1])
+    assert float(value) == 2e4
+    np.testing.assert_array_equal(backend.to_numpy(gradient), [[1, -1]])
+    value, gradient = BinaryCrossEntropy()(z, backend.asarray([[0, 1]], np.float32))
+    assert float(value) == 1e4
+    np.testing.assert_array_equal(backend.to_numpy(gradient), [[0.5, -0.5]])
+
+
+@pytest.mark.parametrize("loss", [MeanSquaredError(), BinaryCrossEntropy()])
+def test_integer_outputs_are_refused(loss):
+    """They would be subtracted as integers, and the targets cut to integers."""
+    with pytest.raises(TypeError, match=f"{type(loss).__name__}: outputs is int64; cast it with"):
+        loss(np.array([[1, 2]]), np.array([[1.5, 2.5]]))
