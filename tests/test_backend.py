@@ -259,6 +259,8 @@ def test_wide_accesses_need_alignment():
 
 
 def test_large_tensors_get_64_bit_indices():  # row 24
+    # A thread's index may pass the end by one stride of the grid before its loop stops.
+    assert MAX_INT_INDEX - 1 + BLOCK * MAX_GRID < 2**31
     for size, index_t in ((MAX_INT_INDEX, np.int32), (MAX_INT_INDEX + 1, np.int64)):
         _, variant = check(OnDevice(np.zeros(4, np.float32), size=size), MASK, 3, 0.5)
         assert variant.index_t == index_t

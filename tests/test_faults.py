@@ -13,6 +13,7 @@ from gpucnn.layers import (
     Dense,
     GlobalAvgPool2D,
     MaxPool2D,
+    ReLU,
     Sequential,
 )
 from gpucnn.training import train_step
@@ -197,6 +198,11 @@ def test_row_11_nan_in_is_nan_out(backend):
         y = backend.to_numpy(ops.conv2d(x, w, activation=activation))
         assert np.isnan(y[0, 0, 0]).all()
         assert not np.isnan(y[1]).any()
+    relu = ReLU()
+    relu.build((3,))
+    z = backend.asarray([[np.nan, -np.inf, 1]], np.float32)
+    for result in (relu.forward(z, training=True), relu.backward(z)):
+        np.testing.assert_array_equal(backend.to_numpy(result), [[np.nan, 0, 1]])
     y, mask = ops.max_pool2d(x, 3, stride=1)
     assert np.isnan(backend.to_numpy(y)[0, :3, :3, 0]).all()
     assert backend.to_numpy(mask)[0, 0, 0, 0] == 8

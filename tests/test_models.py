@@ -30,7 +30,7 @@ def test_networks_learn_in_float64(name, backend):
     model.build((12, 12, 1), seed=1, dtype=np.float64)
     x = np.random.default_rng(0).random((3, 12, 12, 1))
     t = np.arange(3)
-    loss, optimizer = losses.SoftmaxCrossEntropy(), optim.Adam(model, 0.003)
+    loss, optimizer = losses.SoftmaxCrossEntropy(), optim.Adam(model, 0.01)
     before, _ = loss(model.forward(backend.asarray(x)), t)
     for _ in range(8):
         train_step(model, loss, optimizer, x, t)

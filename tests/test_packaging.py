@@ -38,17 +38,18 @@ print("found", gpucnn.__version__)
 """
 
 
-def look_around(where, cwd, before=""):
+def look_around(where, cwd, site_packages=None):
     """In a process of its own, started elsewhere: gpucnn must come from the folder `where`.
 
-    -S leaves out the .pth files of this environment, where gpucnn may be installed as well.
+    site_packages: a folder whose .pth files are read, as an editable install needs it. -S leaves
+    out those of this environment, where gpucnn may be installed as well.
     """
-    libraries = Path(np.__file__).parents[1]
-    path = [libraries] if before else [where, libraries]
+    script = f"import site, sys; site.addsitedir({str(site_packages or where)!r}); "
+    script += f"sys.path.append({str(Path(np.__file__).parents[1])!r})\n"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     result = subprocess.run(
-        [sys.executable, "-S", "-c", before + LOOK_AROUND, str(where)], cwd=cwd, text=True,
-        capture_output=True, check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))})
+        [sys.executable, "-S", "-c", script + LOOK_AROUND, str(where)], cwd=cwd, text=True,
+        capture_output=True, check=False, env=environment)
     assert result.stdout == f"found {gpucnn.__version__}\n", result.stderr
 
 
@@ -104,8 +105,7 @@ def test_sdist_and_the_wheel_made_from_it(source, tmp_path):
 
 def test_editable_install(source, tmp_path):
     installed = unpack(build(source, "editable", tmp_path), tmp_path / "site")
-    # As in site-packages, .pth files are read, and they may name a finder.
-    look_around(source, tmp_path, f"import site; site.addsitedir({str(installed)!r})\n")
+    look_around(source, tmp_path, site_packages=installed)
 
 
 def test_the_metadata_agree():
