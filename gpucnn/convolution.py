@@ -1,4 +1,4 @@
-"""Convolution as matrix products over the columns of im2col, on every backend.
+"""Convolution as matrix products over the columns of im2col, for every backend.
 
     forward           Z  = cols(A) W + b
     weight gradient   dW = cols(A)^T dZ,  db = sum dZ
@@ -14,64 +14,81 @@ share of c_out, as one matrix product a group.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from gpucnn.activations import activate
-from gpucnn.backend import Array, Backend
+from gpucnn.activations import activate, activation_backward
+from gpucnn.backend import Array, Backend, blocks_of
 from gpucnn.geometry import Window
 from gpucnn.numerics import sum_rows
 
 
 def conv2d(backend: Backend, x: Array, w: Array, b: Array | None, window: Window, groups: int,
            activation: str | None) -> Array:
-    """x (n, h, w, c_in), w (kh, kw, c_in / groups, c_out), b (c_out,) -> (n, oh, ow, c_out)."""
+    """x (n, h, w, c_in), w (kh, kw, c_in / groups, c_out), b (c_out,) -> A (n, oh, ow, c_out)."""
     xp = backend.xp
-    y = xp.empty((len(x), *window.out_size(*x.shape[1:3]), w.shape[-1]), x.dtype)
+    a = xp.empty((len(x), *window.out_size(*x.shape[1:3]), w.shape[-1]), x.dtype)
     filters = _filter_matrices(w, groups)
-    for images in _blocks(backend, x, window):
+
+    def convolve(images: slice) -> None:
         cols = _columns(backend, x[images], window)
-        z = y[images].reshape(len(cols), -1)
+        z = a[images].reshape(len(cols), -1)
         if groups == 1:
-            xp.matmul(cols, filters[0], out=z)
+            backend.matmul(cols, filters[0], out=z)
         else:
             z[...] = _join_groups(xp.matmul(_split_columns(cols, window, groups), filters))
-        if b is not None:
-            z += b
-        activate(xp, activation, z)
-    return y
+        finish(xp, a[images], b, activation)
+
+    backend.for_each(convolve, _blocks(backend, x, w, window))
+    return a
 
 
-def conv2d_backward(backend: Backend, dz: Array, x: Array, w: Array, window: Window, groups: int
-                    ) -> tuple[Array, Array, Array]:
-    """dz (n, oh, ow, c_out), x and w as in conv2d -> dx, dw of their shapes, db (c_out,)."""
+def conv2d_backward(backend: Backend, da: Array, a: Array, x: Array, w: Array, window: Window,
+                    groups: int, activation: str | None, input_gradient: bool
+                    ) -> tuple[Array | None, Array, Array]:
+    """da and a (n, oh, ow, c_out), x and w as in conv2d -> dx, dw of their shapes, db (c_out,).
+
+    input_gradient: without it dx is None.
+    """
     xp = backend.xp
-    dx = xp.empty_like(x)
+    dx = xp.empty_like(x) if input_gradient else None
     filters = _filter_matrices(w, groups)
-    dfilters = xp.zeros_like(filters)
-    db = xp.zeros(w.shape[-1], dz.dtype)
-    for images in _blocks(backend, x, window):
+    back = filters.transpose(0, 2, 1)
+
+    def add(images: slice, dfilters: Array, db: Array) -> None:
         cols = _columns(backend, x[images], window)
-        dz_rows = dz[images].reshape(len(cols), -1)
-        dz_groups = _split_groups(dz_rows, groups)
-        db += sum_rows(xp, dz_rows)
-        dfilters += _split_columns(cols, window, groups).transpose(0, 2, 1) @ dz_groups
-        dcols = _join_columns(dz_groups @ filters.transpose(0, 2, 1), window)
-        dx[images] = _fold(backend, dcols, x[images].shape, window)
+        dz = activation_backward(xp, activation, da[images], a[images]).reshape(len(cols), -1)
+        db += sum_rows(xp, dz)
+        if groups == 1:
+            dfilters[0] += backend.matmul(cols.T, dz)
+            dcols = backend.matmul(dz, back[0]) if input_gradient else None
+        else:
+            dz_groups = _split_groups(dz, groups)
+            dfilters += _split_columns(cols, window, groups).transpose(0, 2, 1) @ dz_groups
+            dcols = _join_columns(dz_groups @ back, window) if input_gradient else None
+        if dx is not None:
+            dx[images] = _fold(backend, dcols, x[images].shape, window)
+
+    dfilters, db = backend.sum_over(add, _blocks(backend, x, w, window),
+                                    [filters, xp.empty(w.shape[-1], w.dtype)])
     dw = dfilters.reshape(groups, *w.shape[:3], -1).transpose(1, 2, 3, 0, 4).reshape(w.shape)
     return dx, xp.ascontiguousarray(dw), db
 
 
-def _blocks(backend: Backend, x: Array, window: Window) -> Iterator[slice]:
-    """The batch in runs of images whose columns take about block_bytes.
+def finish(xp, z: Array, b: Array | None, activation: str | None) -> None:
+    """Z + b, then g, written over z (n, oh, ow, c_out)."""
+    if b is not None:
+        # Whole rows of the image at once: NumPy adds long rows at several times the speed.
+        rows = z.reshape(-1, z.shape[2] * z.shape[3])
+        rows += xp.tile(b, z.shape[2])
+    activate(xp, activation, z)
 
-    Their length depends on the shapes alone, so that the sums over blocks are always the same.
+
+def _blocks(backend: Backend, x: Array, w: Array, window: Window) -> list[slice]:
+    """The batch in blocks whose columns take about block_bytes, or half of what the filters take.
+
+    For the filters are read once a block.
     """
-    n, h, w, c = x.shape
-    oh, ow = window.out_size(h, w)
-    image_bytes = oh * ow * window.places * c * x.itemsize
-    images = max(1, backend.block_bytes // image_bytes)
-    for start in range(0, n, images):
-        yield slice(start, start + images)
+    _, h, width, c = x.shape
+    oh, ow = window.out_size(h, width)
+    return blocks_of(backend, len(x), oh * ow * window.places * c * x.itemsize, w.nbytes // 2)
 
 
 def _is_pointwise(window: Window) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from gpucnn import activations, convolution
+from gpucnn import activations
 from gpucnn.backend import Array, Backend, backend_of
 from gpucnn.geometry import (
     IntOrPair,
@@ -53,7 +53,7 @@ def conv2d(x: Array, w: Array, b: Array | None = None, *, stride: IntOrPair = 1,
     if b is not None and b.shape != w.shape[3:]:
         raise ValueError(f"{where}: b has shape {b.shape}, w has {w.shape[3]} filters; "
                          f"b must be {w.shape[3:]}")
-    return _as(dtype, convolution.conv2d(backend, x, w, b, window, groups, activation))
+    return _as(dtype, backend.conv2d(x, w, b, window, groups, activation))
 
 
 def conv2d_backward(dy: Array, x: Array, w: Array, *, stride: IntOrPair = 1, padding: Padding = 0,
@@ -67,7 +67,7 @@ def conv2d_backward(dy: Array, x: Array, w: Array, *, stride: IntOrPair = 1, pad
     backend, dtype, (dy, x, w) = _receive(where, dy=dy, x=x, w=w)
     window = _conv_window(where, x, w, stride, padding, dilation, groups)
     _check_shape(where, "dy", dy, (len(x), *window.out_size(*x.shape[1:3]), w.shape[3]))
-    dx, dw, db = convolution.conv2d_backward(backend, dy, x, w, window, groups)
+    dx, dw, db = backend.conv2d_backward(dy, dy, x, w, window, groups, None)
     return _as(dtype, dx), _as(dtype, dw), _as(dtype, db)
 
 

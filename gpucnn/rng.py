@@ -17,30 +17,37 @@ _CHUNK = 1 << 13  # counters at a time: their words stay in the cache
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     """Ten rounds of Philox4x32: counter (n, 4) uint32, key two 32-bit words -> (n, 4) uint32."""
-    a, b, c, d = (np.ascontiguousarray(counter[:, i]).astype(np.uint64) for i in range(4))
+    a, b, c, d = np.ascontiguousarray(counter.T, np.uint64)
     k0, k1 = np.uint64(key[0]), np.uint64(key[1])
+    product0, product1 = np.empty_like(a), np.empty_like(a)
     for _ in range(10):
-        a *= _MULTIPLIERS[0]
-        c *= _MULTIPLIERS[1]
-        a, b, c, d = (c >> _SHIFT) ^ b ^ k0, c & _LOW, (a >> _SHIFT) ^ d ^ k1, a & _LOW
+        np.multiply(a, _MULTIPLIERS[0], out=product0)
+        np.multiply(c, _MULTIPLIERS[1], out=product1)
+        for high, other, k, word in ((product1, b, k0, a), (product0, d, k1, c)):
+            np.right_shift(high, _SHIFT, out=word)
+            word ^= other
+            word ^= k
+        np.bitwise_and(product1, _LOW, out=b)
+        np.bitwise_and(product0, _LOW, out=d)
         k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
     return np.stack([a, b, c, d], axis=1).astype(np.uint32)
 
 
-def random_words(size: int, key: int, stream: int = 0) -> np.ndarray:
+def random_words(size: int, key: int, stream: int = 0, *, start: int = 0) -> np.ndarray:
     """`size` uniformly distributed uint32 words (size,). key, stream: 0 to 2^64 - 1.
 
     Words 4 j to 4 j + 3 are Philox of the counter (j, stream) in 64 bits each.
+    start: a multiple of 4, the number of the first word.
     """
     blocks = -(-size // 4)
     words = np.empty((blocks, 4), np.uint32)
-    for start in range(0, blocks, _CHUNK):
-        j = np.arange(start, min(start + _CHUNK, blocks), dtype=np.uint64)
+    for first in range(0, blocks, _CHUNK):
+        j = np.arange(first, min(first + _CHUNK, blocks), dtype=np.uint64) + np.uint64(start // 4)
         counter = np.empty((len(j), 4), np.uint32)
         counter[:, 0] = j & _LOW
         counter[:, 1] = j >> _SHIFT
         counter[:, 2:] = words_of(stream)
-        words[start:start + len(j)] = philox4x32(counter, words_of(key))
+        words[first:first + len(j)] = philox4x32(counter, words_of(key))
     return words.reshape(-1)[:size]
 
 

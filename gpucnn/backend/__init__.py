@@ -4,7 +4,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
@@ -34,13 +34,41 @@ class Backend(Protocol):
 
     @property
     def block_bytes(self) -> int:
-        """How large the im2col columns of one block of images may be (gpucnn/convolution.py)."""
+        """How much memory one block of work should go over (see blocks_of)."""
 
     def asarray(self, a: Any, dtype: Any = None) -> Array:
         """a as a C-contiguous array of this backend, copied only if it must be."""
 
     def to_numpy(self, a: Array) -> np.ndarray:
         """a in host memory."""
+
+    def for_each(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
+        """work(item) for each item, in any order; on the CPU by several threads."""
+
+    def sum_over(self, work: Callable[..., None], items: Sequence[Any], like: Sequence[Array]
+                 ) -> list[Array]:
+        """The sums of what work(item, *totals) adds to arrays of zeros with the shapes of `like`.
+
+        They are added in an order that depends on the number of items alone.
+        """
+
+    def matmul(self, a: Array, b: Array, out: Array | None = None) -> Array:
+        """The product of two matrices, written to `out` if it is given."""
+
+    def sum_rows(self, matrix: Array) -> Array:
+        """The sum over the rows of a matrix."""
+
+    def conv2d(self, x: Array, w: Array, b: Array | None, window: Window, groups: int,
+               activation: str | None) -> Array:
+        """x (n, h, w, c), w (kh, kw, c / groups, c_out), b (c_out,) -> A (n, oh, ow, c_out)."""
+
+    def conv2d_backward(self, da: Array, a: Array, x: Array, w: Array, window: Window, groups: int,
+                        activation: str | None, input_gradient: bool = True
+                        ) -> tuple[Array | None, Array, Array]:
+        """da and a (n, oh, ow, c_out), x and w as in conv2d -> dx, dw, db.
+
+        input_gradient: without it dx is None, and is not computed.
+        """
 
     def im2col(self, x: Array, window: Window) -> Array:
         """x (n, h, w, c) -> (n * oh * ow, kh * kw * c); padding counts as 0."""
@@ -114,6 +142,15 @@ def make_backend(name: str) -> Backend:
 def backend_of(array: Array) -> Backend:
     """The backend that an array belongs to, by its type."""
     return make_backend("cupy" if type(array).__module__.split(".")[0] == "cupy" else "numpy")
+
+
+def blocks_of(backend: Backend, n: int, item_bytes: int, least_bytes: int = 0) -> list[slice]:
+    """n items in blocks of about block_bytes, or of `least_bytes` where that is more.
+
+    Their length depends on the arguments alone, so that sums over blocks are always the same.
+    """
+    items = max(1, max(backend.block_bytes, least_bytes) // max(1, item_bytes))
+    return [slice(start, min(start + items, n)) for start in range(0, n, items)]
 
 
 def cupy_obstacle() -> str | None:

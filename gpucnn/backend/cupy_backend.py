@@ -1,13 +1,16 @@
 """The GPU: CuPy arrays, and our kernels for what CuPy has no function for."""
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cupy
 import numpy as np
 
+from gpucnn import convolution
 from gpucnn.backend.cuda_kernel import Kernel
 from gpucnn.geometry import Window
+from gpucnn.numerics import sum_rows
 from gpucnn.rng import drop_threshold, words_of
 
 _im2col = Kernel("im2col.cu", "im2col")
@@ -29,6 +32,33 @@ class CupyBackend:
 
     def to_numpy(self, a: Any) -> np.ndarray:
         return cupy.asnumpy(a)
+
+    def for_each(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
+        for item in items:
+            work(item)
+
+    def sum_over(self, work: Callable[..., None], items: Sequence[Any], like: Sequence[Any]
+                 ) -> list[Any]:
+        totals = [cupy.zeros(a.shape, a.dtype) for a in like]
+        for item in items:
+            work(item, *totals)
+        return totals
+
+    def matmul(self, a: Any, b: Any, out: Any = None) -> Any:
+        return cupy.matmul(a, b, out=out)
+
+    def sum_rows(self, matrix: Any) -> Any:
+        return sum_rows(cupy, matrix)
+
+    def conv2d(self, x: Any, w: Any, b: Any, window: Window, groups: int,
+               activation: str | None) -> Any:
+        return convolution.conv2d(self, x, w, b, window, groups, activation)
+
+    def conv2d_backward(self, da: Any, a: Any, x: Any, w: Any, window: Window, groups: int,
+                        activation: str | None, input_gradient: bool = True
+                        ) -> tuple[Any, Any, Any]:
+        return convolution.conv2d_backward(self, da, a, x, w, window, groups, activation,
+                                           input_gradient)
 
     def im2col(self, x: Any, window: Window) -> Any:
         n, oh, ow, c = _output_shape(x.shape, window)

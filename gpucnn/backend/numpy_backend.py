@@ -2,23 +2,31 @@
 
 A window of kh x kw places is taken apart into its places: one strided view of the padded image
 for each, as large as the output. The loops over places are short; all pixels are NumPy's work.
+The batch is worked through in blocks of images that stay in the cache, on several threads.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
+from gpucnn import convolution
+from gpucnn.backend import blocks_of, parallel, row_convolution
 from gpucnn.geometry import Window
-from gpucnn.numerics import zero_unless
+from gpucnn.numerics import sum_rows, zero_unless
 from gpucnn.rng import drop_threshold, random_words
+
+MATMUL_ROWS = 64         # a block at least: fewer would not repay the BLAS's copy of b
+MATMUL_WORK = 1 << 22    # multiply-adds of a block at least: fewer would not repay a thread
+DROPOUT_BLOCK = 1 << 15  # elements
 
 
 class NumpyBackend:
     name = "numpy"
     xp = np
-    block_bytes = 2 << 20  # the columns of a block stay in the cache until their product is done
+    block_bytes = 1 << 20  # what a core's own cache holds
 
     def asarray(self, a: Any, dtype: Any = None) -> np.ndarray:
         return np.asarray(a, dtype, order="C")
@@ -26,63 +34,167 @@ class NumpyBackend:
     def to_numpy(self, a: np.ndarray) -> np.ndarray:
         return a
 
+    def for_each(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
+        parallel.for_each(work, items)
+
+    def sum_over(self, work: Callable[..., None], items: Sequence[Any], like: Sequence[np.ndarray]
+                 ) -> list[np.ndarray]:
+        return parallel.sum_over(work, items, like)
+
+    def matmul(self, a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        product = np.empty((len(a), b.shape[1]), a.dtype) if out is None else out
+        rows = max(MATMUL_ROWS, MATMUL_WORK // max(1, b.size))
+
+        def multiply(start: int) -> None:
+            np.matmul(a[start:start + rows], b, out=product[start:start + rows])
+
+        self.for_each(multiply, range(0, len(a), rows))
+        return product
+
+    def sum_rows(self, matrix: np.ndarray) -> np.ndarray:
+        def add(rows: slice, total: np.ndarray) -> None:
+            total += sum_rows(np, matrix[rows])
+
+        return self.sum_over(add, blocks_of(self, len(matrix), matrix[:1].nbytes),
+                             [np.empty(matrix.shape[1], matrix.dtype)])[0]
+
+    def conv2d(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None, window: Window,
+               groups: int, activation: str | None) -> np.ndarray:
+        if row_convolution.pays(window, groups, x.shape, w.shape[-1]):
+            return row_convolution.conv2d(x, w, b, window, activation,
+                                          self._blocks(x, w, window))
+        return convolution.conv2d(self, x, w, b, window, groups, activation)
+
+    def conv2d_backward(self, da: np.ndarray, a: np.ndarray, x: np.ndarray, w: np.ndarray,
+                        window: Window, groups: int, activation: str | None,
+                        input_gradient: bool = True
+                        ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+        if row_convolution.backward_pays(window, groups, x.shape, w.shape[-1], input_gradient):
+            return row_convolution.conv2d_backward(da, a, x, w, window, activation, input_gradient,
+                                                   self._blocks(x, w, window))
+        return convolution.conv2d_backward(self, da, a, x, w, window, groups, activation,
+                                           input_gradient)
+
     def im2col(self, x: np.ndarray, window: Window) -> np.ndarray:
         n, oh, ow, c = _output_shape(x.shape, window)
-        cols = np.empty((n, oh, ow, window.places, c), x.dtype)
-        for place, pixels in _places(_pad(x, window), window, oh, ow):
-            cols[:, :, :, place] = pixels
-        return cols.reshape(n * oh * ow, window.places * c)
+        cols = np.empty((n * oh * ow, window.places * c), x.dtype)
+
+        def unfold(images: slice) -> None:
+            rows = cols.reshape(n, oh, ow, window.kh, window.kw, c)[images]
+            windows = _windows(_pad(x[images], window), window, oh, ow)
+            if c == 1:  # NumPy copies along the longest axis that lies well: not along the taps
+                for ky, kx in np.ndindex(window.kh, window.kw):
+                    rows[:, :, :, ky, kx] = windows[:, :, :, ky, kx]
+            else:
+                rows[...] = windows
+
+        self._for_images(unfold, x, cols.nbytes)
+        return cols
 
     def col2im(self, cols: np.ndarray, x_shape: tuple[int, ...], window: Window) -> np.ndarray:
         n, oh, ow, c = _output_shape(x_shape, window)
-        cols = cols.reshape(n, oh, ow, window.places, c)
-        padded = np.zeros(_padded_shape(x_shape, window), cols.dtype)
-        for place, pixels in _places(padded, window, oh, ow):
-            pixels += cols[:, :, :, place]
-        return _unpad(padded, x_shape, window)
+        x = np.empty(x_shape, cols.dtype)
+        places = cols.reshape(n, oh, ow, window.places, c)
+
+        def fold(images: slice) -> None:
+            padded = np.zeros(_padded_shape(x[images].shape, window), cols.dtype)
+            for place, pixels in _places(padded, window, oh, ow):
+                pixels += places[images, :, :, place]
+            x[images] = _unpad(padded, x_shape, window)
+
+        self._for_images(fold, x, cols.nbytes)
+        return x
 
     def max_pool(self, x: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
-        _, oh, ow, _ = shape = _output_shape(x.shape, window)
-        y = np.full(shape, -np.inf, x.dtype)
-        mask = np.zeros(shape, window.mask_dtype)
-        # A window of nothing but minus infinities has its first *pixel* as its maximum, and that
-        # is not place 0 where the window begins in the padding: there the mask starts with it.
-        _mark_first_pixels(mask, x.shape, window)
-        for place, pixels in _places(_pad(x, window, -np.inf), window, oh, ow):
-            larger = pixels > y
-            larger |= (pixels != pixels) > (y != y)  # the first NaN
-            np.maximum(mask, larger * mask.dtype.type(place), out=mask)
-            np.maximum(y, pixels, out=y)  # NaN if either is
+        y = np.empty(_output_shape(x.shape, window), x.dtype)
+        mask = np.empty(y.shape, window.mask_dtype)
+        self._for_images(lambda n: _max_pool(x[n], window, y[n], mask[n]), x, 2 * x.nbytes)
         return y, mask
 
     def max_pool_backward(self, dy: np.ndarray, mask: np.ndarray, x_shape: tuple[int, ...],
                           window: Window) -> np.ndarray:
-        _, oh, ow, _ = dy.shape
-        padded = np.zeros(_padded_shape(x_shape, window), dy.dtype)
-        for place, pixels in _places(padded, window, oh, ow):
-            pixels += zero_unless(mask == place, dy)
-        return _unpad(padded, x_shape, window)
+        dx = np.empty(x_shape, dy.dtype)
+
+        def gather(n: slice) -> None:
+            padded = np.zeros(_padded_shape(dx[n].shape, window), dy.dtype)
+            for place, pixels in _places(padded, window, *dy.shape[1:3]):
+                pixels += zero_unless(mask[n] == place, dy[n])
+            dx[n] = _unpad(padded, x_shape, window)
+
+        self._for_images(gather, dx, 2 * dx.nbytes)
+        return dx
 
     def avg_pool(self, x: np.ndarray, window: Window) -> np.ndarray:
-        _, oh, ow, _ = shape = _output_shape(x.shape, window)
-        y = np.zeros(shape, x.dtype)
-        for _, pixels in _places(_pad(x, window), window, oh, ow):
-            y += pixels
-        y /= _pixels_seen(x.shape, window, x.dtype)
+        y = np.empty(_output_shape(x.shape, window), x.dtype)
+        seen = _pixels_seen(x.shape, window, x.dtype)
+
+        def average(n: slice) -> None:
+            y[n] = 0
+            for _, pixels in _places(_pad(x[n], window), window, *y.shape[1:3]):
+                y[n] += pixels
+            y[n] /= seen
+
+        self._for_images(average, x, 2 * x.nbytes)
         return y
 
     def avg_pool_backward(self, dy: np.ndarray, x_shape: tuple[int, ...],
                           window: Window) -> np.ndarray:
-        _, oh, ow, _ = dy.shape
-        share = dy / _pixels_seen(x_shape, window, dy.dtype)
-        padded = np.zeros(_padded_shape(x_shape, window), dy.dtype)
-        for _, pixels in _places(padded, window, oh, ow):
-            pixels += share
-        return _unpad(padded, x_shape, window)
+        dx = np.empty(x_shape, dy.dtype)
+        seen = _pixels_seen(x_shape, window, dy.dtype)
+
+        def gather(n: slice) -> None:
+            share = dy[n] / seen
+            padded = np.zeros(_padded_shape(dx[n].shape, window), dy.dtype)
+            for _, pixels in _places(padded, window, *dy.shape[1:3]):
+                pixels += share
+            dx[n] = _unpad(padded, x_shape, window)
+
+        self._for_images(gather, dx, 2 * dx.nbytes)
+        return dx
 
     def dropout(self, x: np.ndarray, rate: float, key: int, stream: int) -> np.ndarray:
-        keep = random_words(x.size, key, stream).reshape(x.shape) >= drop_threshold(rate)
-        return zero_unless(keep, x * x.dtype.type(1 / (1 - rate)))
+        y = np.empty_like(x)
+        flat_x, flat_y = x.reshape(-1), y.reshape(-1)
+
+        def drop(block: slice) -> None:
+            words = random_words(block.stop - block.start, key, stream, start=block.start)
+            flat_y[block] = zero_unless(words >= drop_threshold(rate),
+                                        flat_x[block] * x.dtype.type(1 / (1 - rate)))
+
+        self.for_each(drop, [slice(start, min(start + DROPOUT_BLOCK, x.size))
+                             for start in range(0, x.size, DROPOUT_BLOCK)])
+        return y
+
+    def _blocks(self, x: np.ndarray, w: np.ndarray, window: Window) -> list[slice]:
+        """The batch in blocks whose rows of taps take about block_bytes (row_convolution.py)."""
+        return blocks_of(self, len(x), x[:1].nbytes * window.kw, w.nbytes // 2)
+
+    def _for_images(self, work: Callable[[slice], None], x: np.ndarray, nbytes: int) -> None:
+        """work(images) for all images of x, in blocks; nbytes: what it works on for all of x."""
+        self.for_each(work, blocks_of(self, len(x), nbytes // max(1, len(x))))
+
+
+def _max_pool(x: np.ndarray, window: Window, y: np.ndarray, mask: np.ndarray) -> None:
+    """Write the maxima of each window to y and their places to mask."""
+    places = [pixels for _, pixels in _places(_pad(x, window, -np.inf), window, *y.shape[1:3])]
+    y[...] = places[0]
+    for pixels in places[1:]:
+        np.maximum(y, pixels, out=y)  # NaN if either is
+    # The place of the maximum is the number of places before it, none of which equals it.
+    mask[...] = 0
+    smaller = np.ones(y.shape, bool)
+    for pixels in places[:-1]:
+        smaller &= pixels != y
+        mask += smaller
+    nan = np.isnan(y)  # equals nothing
+    if nan.any():
+        mask[nan] = np.argmax([np.isnan(pixels[nan]) for pixels in places], axis=0)
+    if window.top or window.left:
+        # A window of nothing but minus infinities has its first *pixel* as its maximum, and that
+        # is not place 0 where the window begins in the padding.
+        nothing = y == -np.inf
+        if nothing.any():
+            mask[nothing] = np.broadcast_to(_first_pixels(x.shape, window), y.shape)[nothing]
 
 
 def _output_shape(x_shape: tuple[int, ...], window: Window) -> tuple[int, int, int, int]:
@@ -108,6 +220,14 @@ def _unpad(padded: np.ndarray, x_shape: tuple[int, ...], window: Window) -> np.n
     _, h, w, _ = x_shape
     return np.ascontiguousarray(
         padded[:, window.top:window.top + h, window.left:window.left + w])
+
+
+def _windows(padded: np.ndarray, window: Window, oh: int, ow: int) -> np.ndarray:
+    """All windows of padded images: a view (n, oh, ow, kh, kw, c)."""
+    n, _, _, c = padded.shape
+    image, row, pixel, channel = padded.strides
+    return as_strided(padded, (n, oh, ow, window.kh, window.kw, c), (
+        image, window.sh * row, window.sw * pixel, window.dh * row, window.dw * pixel, channel))
 
 
 def _places(padded: np.ndarray, window: Window, oh: int, ow: int
@@ -138,8 +258,7 @@ def _pixels_seen(x_shape: tuple[int, ...], window: Window, dtype: np.dtype) -> n
     return np.outer(rows.sum(1), columns.sum(1))[:, :, None].astype(dtype)
 
 
-def _mark_first_pixels(mask: np.ndarray, x_shape: tuple[int, ...], window: Window) -> None:
-    if window.top or window.left:
-        rows, columns = _inside_both(x_shape, window)
-        first = rows.argmax(1)[:, None] * window.kw + columns.argmax(1)
-        mask[...] = first[:, :, None]
+def _first_pixels(x_shape: tuple[int, ...], window: Window) -> np.ndarray:
+    """The first place of each window that is not padding, (oh, ow, 1)."""
+    rows, columns = _inside_both(x_shape, window)
+    return (rows.argmax(1)[:, None] * window.kw + columns.argmax(1))[:, :, None]

@@ -87,6 +87,10 @@ class Layer:
         """
         raise NotImplementedError
 
+    def backward_parameters(self, dy: Array) -> None:
+        """backward() where nobody asks for dL/dx, as in the first layer of a network."""
+        self.backward(dy)
+
     def make_state(self, key: int) -> None:
         """Make what the layer keeps beside its parameters. key: for random numbers of its own."""
 

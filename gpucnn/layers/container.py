@@ -39,6 +39,12 @@ class Sequential(Layer):
             dy = layer.backward(dy)
         return dy
 
+    def backward_parameters(self, dy: Array) -> None:
+        for layer in reversed(self.layers[1:]):
+            dy = layer.backward(dy)
+        for layer in self.layers[:1]:
+            layer.backward_parameters(dy)
+
 
 class Residual(Layer):
     """y = body(x) + shortcut(x) (He et al. 2016).

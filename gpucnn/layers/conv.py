@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 
-from gpucnn import activations, convolution
+from gpucnn import activations
 from gpucnn.backend import Array
 from gpucnn.geometry import IntOrPair, Padding, Window, check_groups, make_window, pair
 from gpucnn.layers.base import Layer, Parameter, Shape, constant, he_normal
@@ -53,17 +53,22 @@ class Conv2D(Layer):
         x = self.receive(x, 4)
         check_channels(self.where, x.shape, self.w.shape[2], self.groups)
         window = self._window(x.shape)
-        a = convolution.conv2d(self.backend, x, self.w.data, self.b.data if self.b else None,
-                               window, self.groups, self.activation)
+        a = self.backend.conv2d(x, self.w.data, self.b.data if self.b else None, window,
+                                self.groups, self.activation)
         self.save(training, x, a, window)
         return a
 
     def backward(self, dy: Array) -> Array:
+        return self._backward(dy, input_gradient=True)
+
+    def backward_parameters(self, dy: Array) -> None:
+        self._backward(dy, input_gradient=False)
+
+    def _backward(self, dy: Array, input_gradient: bool) -> Array:
         x, a, window = self.take_saved()
         da = self.receive_gradient(dy, a.shape)
-        dz = activations.activation_backward(self.backend.xp, self.activation, da, a)
-        dx, self.w.grad[...], db = convolution.conv2d_backward(
-            self.backend, dz, x, self.w.data, window, self.groups)
+        dx, self.w.grad[...], db = self.backend.conv2d_backward(
+            da, a, x, self.w.data, window, self.groups, self.activation, input_gradient)
         if self.b:
             self.b.grad[...] = db
         return dx

@@ -5,7 +5,6 @@ from gpucnn import activations
 from gpucnn.backend import Array
 from gpucnn.geometry import pair
 from gpucnn.layers.base import Layer, Parameter, Shape, constant, glorot_uniform, he_normal
-from gpucnn.numerics import sum_rows
 
 
 class Dense(Layer):
@@ -43,7 +42,7 @@ class Dense(Layer):
         if x.shape[1] != self.w.shape[0]:
             raise ValueError(f"{self.where}: input has {x.shape[1]} features, weights expect "
                              f"{self.w.shape[0]}")
-        z = x @ self.w.data
+        z = self.backend.matmul(x, self.w.data)
         if self.b:
             z += self.b.data
         a = activations.activate(self.backend.xp, self.activation, z)
@@ -54,10 +53,10 @@ class Dense(Layer):
         x, a = self.take_saved()
         da = self.receive_gradient(dy, a.shape)
         dz = activations.activation_backward(self.backend.xp, self.activation, da, a)
-        self.w.grad[...] = x.T @ dz
+        self.backend.matmul(x.T, dz, out=self.w.grad)
         if self.b:
-            self.b.grad[...] = sum_rows(self.backend.xp, dz)
-        return dz @ self.w.data.T
+            self.b.grad[...] = self.backend.sum_rows(dz)
+        return self.backend.matmul(dz, self.w.data.T)
 
     def multiply_adds(self) -> int:
         return self.w.size

@@ -5,7 +5,6 @@ import math
 
 from gpucnn.backend import Array
 from gpucnn.layers.base import Layer, Parameter, Shape, constant
-from gpucnn.numerics import sum_rows
 
 
 class BatchNorm(Layer):
@@ -56,9 +55,9 @@ class BatchNorm(Layer):
             if count < 2:
                 raise ValueError(f"{self.where}: needs more than 1 value per channel in training, "
                                  f"got input {x.shape}")
-            mean = sum_rows(xp, rows) / count
+            mean = self.backend.sum_rows(rows) / count
             centred = rows - mean
-            var = sum_rows(xp, centred * centred) / count
+            var = self.backend.sum_rows(centred * centred) / count
             self._follow("running_mean", mean)
             self._follow("running_var", var * (count / (count - 1)))
         else:
@@ -71,10 +70,9 @@ class BatchNorm(Layer):
 
     def backward(self, dy: Array) -> Array:
         x_hat, inverse_std, shape = self.take_saved()
-        xp = self.backend.xp
         dy = self.receive_gradient(dy, shape).reshape(x_hat.shape)
         count = len(dy)
-        dbeta, dgamma = sum_rows(xp, dy), sum_rows(xp, dy * x_hat)
+        dbeta, dgamma = self.backend.sum_rows(dy), self.backend.sum_rows(dy * x_hat)
         self.beta.grad[...] = dbeta
         self.gamma.grad[...] = dgamma
         # mean and var depend on x as well, which takes the mean of dy and its part along x_hat out.

@@ -35,7 +35,7 @@ def train_step(model: Layer, loss: Loss, optimizer: Optimizer, x: Any, t: Any, *
     hits = int((logits.argmax(axis=1) == t).sum())
     if not np.isfinite(float(value)):
         return float(value), hits
-    model.backward(dlogits)
+    model.backward_parameters(dlogits)
     if clip_norm is not None:
         optimizer.clip_gradients(clip_norm)
     optimizer.step()

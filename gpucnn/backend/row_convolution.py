@@ -1,0 +1,147 @@
+"""Convolution on the CPU, taking the filters apart into their rows.
+
+im2col copies each pixel kh * kw times, and a BLAS that is given a large product of few columns
+copies all of it once more. Here the taps are unfolded along x only, and the rows of the filters
+are worked off one after the other over the same copy:
+
+    cols[y, ox]  = A[y, ox - left], ..., A[y, ox - left + kw - 1]     kw * c_in numbers
+    Z[oy, ox]    = sum over ky of cols[oy - top + ky, ox] W[ky]       the article's Z = W * A
+    dW[ky]       = sum over oy, ox of cols[oy - top + ky, ox]^T dZ[oy, ox]
+
+The input gradient is the article's full convolution of dZ with the filters rotated by 180 degrees,
+computed as Z is. Strides and dilations are left out of the formulas above.
+
+Each product is one of a few image rows with a row of taps, small enough for the BLAS to multiply
+the matrices as they lie.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from gpucnn.activations import activation_backward
+from gpucnn.backend import parallel
+from gpucnn.convolution import finish
+from gpucnn.geometry import Window
+from gpucnn.numerics import sum_rows
+
+# The multiply-adds that OpenBLAS still computes without first copying both matrices into an order
+# of its own (its small matrix kernels for AVX-512; 90 against 112 GFLOP/s a core for the sizes at
+# hand). Other BLAS libraries lose nothing by it.
+IN_PLACE = 10**6
+
+
+def pays(window: Window, groups: int, x_shape: tuple[int, ...], c_out: int) -> bool:
+    """Whether conv2d() here is the faster way: rows of taps wide enough, products small enough."""
+    row = window.kw * x_shape[-1]
+    _, ow = window.out_size(*x_shape[1:3])
+    return groups == 1 and window.kh > 1 and row >= 16 and ow * row * c_out <= IN_PLACE
+
+
+def backward_pays(window: Window, groups: int, x_shape: tuple[int, ...], c_out: int,
+                  input_gradient: bool) -> bool:
+    """The same for conv2d_backward(); dA as a convolution needs stride 1, and little padding."""
+    if not input_gradient:
+        return pays(window, groups, x_shape, c_out)
+    back = _backward_window(window)
+    dz_shape = (1, *window.out_size(*x_shape[1:3]), c_out)
+    return (window.sh == window.sw == 1 and min(back) >= 0
+            and pays(window, groups, x_shape, c_out) and pays(back, groups, dz_shape, x_shape[-1]))
+
+
+def conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray | None, window: Window,
+           activation: str | None, blocks: list[slice]) -> np.ndarray:
+    """As gpucnn.convolution.conv2d without groups; blocks: runs of images."""
+    a = np.empty((len(x), *window.out_size(*x.shape[1:3]), w.shape[-1]), x.dtype)
+
+    def convolve(images: slice) -> None:
+        _multiply(_unfold(x[images], window), w, window, a[images])
+        finish(np, a[images], b, activation)
+
+    parallel.for_each(convolve, blocks)
+    return a
+
+
+def conv2d_backward(da: np.ndarray, a: np.ndarray, x: np.ndarray, w: np.ndarray, window: Window,
+                    activation: str | None, input_gradient: bool, blocks: list[slice]
+                    ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+    """As gpucnn.convolution.conv2d_backward without groups; blocks: runs of images."""
+    back = _backward_window(window)
+    rotated = np.ascontiguousarray(w[::-1, ::-1].transpose(0, 1, 3, 2))
+    dx = np.empty_like(x) if input_gradient else None
+
+    def add(images: slice, dw: np.ndarray, db: np.ndarray) -> None:
+        dz = activation_backward(np, activation, da[images], a[images])
+        db += sum_rows(np, dz.reshape(-1, dz.shape[-1]))
+        for dw_row, cols in zip(dw, _rows_under(_unfold(x[images], window), window, dz.shape[1])):
+            cols, dz_rows = _in_place(cols, dz, window.sh)
+            products = parallel.scratch("products", (*cols.shape[:2], *dw_row.shape), x.dtype)
+            np.matmul(cols.transpose(0, 1, 3, 2), dz_rows, out=products)
+            dw_row += products.sum(axis=(0, 1))
+        if dx is not None:
+            _multiply(_unfold(dz, back), rotated, back, dx[images])
+
+    kh, kw, c_in, c_out = w.shape
+    dw, db = parallel.sum_over(add, blocks, [w.reshape(kh, kw * c_in, c_out),
+                                             np.empty(c_out, w.dtype)])
+    return dx, dw.reshape(w.shape), db
+
+
+def _backward_window(window: Window) -> Window:
+    """The window of the full convolution over dZ that is the input gradient (for stride 1)."""
+    eh, ew = window.effective
+    return window._replace(top=eh - 1 - window.top, bottom=eh - 1 - window.bottom,
+                           left=ew - 1 - window.left, right=ew - 1 - window.right)
+
+
+def _unfold(x: np.ndarray, window: Window) -> np.ndarray:
+    """x (n, h, w, c) -> cols (n, top + h + bottom, ow, kw * c), in scratch memory."""
+    n, h, width, c = x.shape
+    top, left = window.top, window.left
+    padded = parallel.scratch("padded", (n, top + h + window.bottom, left + width + window.right,
+                                         c), x.dtype)
+    padded[:, :top] = 0
+    padded[:, top + h:] = 0
+    padded[:, :, :left] = 0
+    padded[:, :, left + width:] = 0
+    padded[:, top:top + h, left:left + width] = x
+    _, ow = window.out_size(h, width)
+    cols = parallel.scratch("cols", (*padded.shape[:2], ow, window.kw, c), x.dtype)
+    image, row, pixel, channel = padded.strides
+    cols[...] = as_strided(padded, cols.shape,
+                           (image, row, window.sw * pixel, window.dw * pixel, channel))
+    return cols.reshape(*cols.shape[:3], window.kw * c)
+
+
+def _rows_under(cols: np.ndarray, window: Window, oh: int) -> Iterator[np.ndarray]:
+    """For each ky the rows of cols that it meets: views (n, oh, ow, kw * c)."""
+    for ky in range(window.kh):
+        first = ky * window.dh
+        yield cols[:, first:first + (oh - 1) * window.sh + 1:window.sh]
+
+
+def _multiply(cols: np.ndarray, w: np.ndarray, window: Window, z: np.ndarray) -> None:
+    """Z = sum over ky of cols' rows W[ky], written to z (n, oh, ow, c_out)."""
+    filters = w.reshape(window.kh, -1, w.shape[-1])
+    term = parallel.scratch("term", z.shape, z.dtype)
+    for ky, rows in enumerate(_rows_under(cols, window, z.shape[1])):
+        out = term if ky else z
+        rows, out_rows = _in_place(rows, out, window.sh)
+        np.matmul(rows, filters[ky], out=out_rows)
+        if ky:
+            z += term
+
+
+def _in_place(a: np.ndarray, b: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray]:
+    """Views of a and b (n, h, w, c) as (n, h / m, m * w, c): m rows of an image to a product.
+
+    m is the largest for which the product of a row of a and one of b is done in place. With a
+    stride the rows do not lie one after the other, and m is 1.
+    """
+    n, h, width, c = a.shape
+    row = width * c * b.shape[-1]
+    m = 1 if stride > 1 else next(m for m in range(h, 0, -1) if h % m == 0
+                                  and (m * row <= IN_PLACE or m == 1))
+    return (a.reshape(n, h // m, m * width, c), b.reshape(n, h // m, m * width, b.shape[-1]))
