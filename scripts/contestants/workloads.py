@@ -1,0 +1,51 @@
+"""Descriptions of nets and of their ops that a process of any library can build from."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from gpucnn.layers import Layer
+
+# What gpucnn.ops computes in passes of their own; other layers run forward, and both passes.
+SPLIT = ("Conv2D", "MaxPool2D", "AvgPool2D")
+
+
+def describe(layer: Layer) -> dict[str, Any]:
+    """A declared layer as peers build it: class, arguments, shapes, and the layers inside."""
+    arguments = {k: v for k, v in layer.config().items() if k not in ("class", "name")}
+    return {"class": type(layer).__name__, "arguments": {} if layer.children() else arguments,
+            "input_shape": layer.input_shape, "output_shape": layer.output_shape,
+            "children": [describe(child) for child in layer.children().values()]}
+
+
+def distinct_ops(net: dict[str, Any]) -> list[dict[str, Any]]:
+    """The passes of all layers of a net and of its loss, each kind and shape once."""
+    def leaves(layer: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        if not layer["children"]:
+            yield layer
+        for child in layer["children"]:
+            yield from leaves(child)
+
+    ops: dict[str, dict[str, Any]] = {}
+    classes = net["output_shape"]
+    loss = {"class": "SoftmaxCrossEntropy", "arguments": {}, "input_shape": classes,
+            "output_shape": classes, "children": []}
+    for layer in (*leaves(net), loss):
+        if layer["class"] == "Flatten":
+            continue
+        a = layer["arguments"]
+        size, stride = a.get("kernel_size", a.get("size")), a.get("stride")
+        label = " ".join(filter(None, [
+            layer["class"], by(size) if size else "", f"stride {by(stride)}" if stride else "",
+            f"{by(layer['input_shape'])} -> {by(layer['output_shape'])}"]))
+        passes = ["forward", "backward" if layer["class"] in SPLIT else "both"]
+        for each in passes[1:] if layer is loss else passes:
+            activation = a.get("activation") if each != "backward" else None
+            what = "forward and backward" if each == "both" else each
+            task = f"{label}{f' {activation}' if activation else ''}, {what}"
+            ops.setdefault(task, {"task": task, "pass": each, "layer": layer})
+    return list(ops.values())
+
+
+def by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
