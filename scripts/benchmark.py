@@ -1,0 +1,306 @@
+"""Time gpucnn beside its peers: a training step, inference, each op, or what loading takes.
+
+Each contestant lives in a process of its own. After a warm-up they take turns, window by window;
+the tables give the median of the windows, the fastest and the slowest. The ratio is the peer's
+time / gpucnn's: above 1, gpucnn is faster.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for python scripts/benchmark.py
+
+from gpucnn import cli
+from gpucnn.backend import Backend
+from gpucnn.errors import GpucnnError
+from gpucnn.files import one_line, write_atomically
+from gpucnn.models import MODELS
+from scripts.contestants import GEMM
+from scripts.contestants.contest import ROOT, Child, Contest, Failed, Row, alternate
+from scripts.contestants.workloads import by, describe, distinct_ops
+
+NETS = {"article": ((28, 28, 1), 256), "lenet5": ((28, 28, 1), 64),
+        "resnet18": ((32, 32, 3), 64)}  # the shape of an image, and the usual batch
+PEERS = {"torch": "torch", "torch-channels-last": "torch", "jax": "jax"}  # what each imports
+LEAST_WINDOWS = 7
+MEMORY = ("peak_bytes", "growth_bytes", "device_bytes")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="benchmark.py", description=__doc__)
+    commands = p.add_subparsers(dest="command", required=True)
+    cores = allowed_cores()
+    for name, (_, summary) in COMMANDS.items():
+        c = commands.add_parser(name, help=summary, description=summary)
+        c.add_argument("--model", nargs="+", choices=NETS, default=["article"], type=model_name,
+                       help="the network, or several (default: article)")
+        c.add_argument("--batch", nargs="+", type=cli.positive_int, metavar="N",
+                       help="images in a batch, or several numbers (default: "
+                       + ", ".join(f"{model} {n}" for model, (_, n) in NETS.items())
+                       + ("; and 1)" if name == "infer" else ")"))
+        c.add_argument("--against", type=peers, default=[], metavar="PEER,...",
+                       help=f"compare with these: {', '.join(PEERS)} (default: none)")
+        c.add_argument("--windows", type=cli.positive_int, default=9, metavar="N",
+                       help=f"how often each is timed; fewer than {LEAST_WINDOWS} prove nothing "
+                            "(default: %(default)s)")
+        c.add_argument("--seconds", type=cli.positive_float, default=1.0,
+                       help="of a window (default: %(default)s)")
+        c.add_argument("--threads", type=cli.positive_int, default=cores, metavar="N",
+                       help="that each may use (default: the cores this process may use, "
+                            "%(default)s)")
+        c.add_argument("--json", nargs="?", type=Path, const=Path(), metavar="PATH",
+                       help="write the figures (default PATH: "
+                            "benchmarks/<command>-<machine>-<date>.json)")
+        if name == "step":
+            c.add_argument("--profile", action="store_true",
+                           help="also the time of each layer of gpucnn")
+    return p
+
+
+def main(arguments: argparse.Namespace) -> int:
+    backend = cli.choose_backend()
+    few = "" if arguments.windows >= LEAST_WINDOWS else ", too few for a claim"
+    print(f"{arguments.command}: {arguments.threads} threads each, {arguments.windows} windows"
+          f"{few}; ratio = time / gpucnn's, above 1: gpucnn is faster")
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
+        "environment": environment(arguments, backend), "date": str(date.today()),
+        "machine": machine(backend), "versions": {"python": platform.python_version()},
+        "threads": arguments.threads, "windows": arguments.windows,
+        "seconds": arguments.seconds, "results": []}
+    out = arguments.json
+    if out is not None:  # before the work, in case it cannot be made
+        out = out if out.name else default_path(arguments.command, report)
+        out.parent.mkdir(parents=True, exist_ok=True)
+    COMMANDS[arguments.command][0](arguments, backend, report)
+    if out is not None:
+        write_atomically(out, json.dumps(report, indent=1).encode())
+        print(out)
+    return int(any("error" in row for row in report["results"] if row["contestant"] == "gpucnn"))
+
+
+def run_nets(arguments: argparse.Namespace, backend: Backend, report: dict[str, Any]) -> None:
+    """step and infer: a row for each model, batch and contestant."""
+    for workload in workloads(arguments, backend):
+        with Contest(["gpucnn", *arguments.against], workload, report) as contest:
+            rows = contest.measure(arguments.command, arguments.windows, arguments.seconds)
+            for row in rows:
+                if "error" not in row:
+                    row["images_per_second"] = workload["batch"] / row["median"]
+                    row |= contest.ask(row["contestant"], "memory") or {}
+        show(f"{workload['model']}, batch {workload['batch']}", rows, memory=True)
+        report["results"] += rows
+        if arguments.command == "step" and arguments.profile:
+            report.setdefault("profiles", []).append(run_profile(arguments, workload, report))
+
+
+def run_ops(arguments: argparse.Namespace, backend: Backend, report: dict[str, Any]) -> None:
+    """op: a row for each pass of each kind and shape of layer in the models."""
+    for workload in workloads(arguments, backend):
+        workload["ops"] = distinct_ops(workload["net"])
+        with Contest(["gpucnn", *arguments.against], workload, report) as contest:
+            rows = []
+            for op in workload["ops"]:
+                rows += contest.measure(op["task"], arguments.windows, arguments.seconds)
+            memory = {name: contest.ask(name, "memory") for name in list(contest.running)}
+        show(f"{workload['model']}, batch {workload['batch']}", rows)
+        report["results"] += rows
+        report.setdefault("memory", []).append(
+            {"model": workload["model"], "batch": workload["batch"], **memory})
+
+
+def run_load(arguments: argparse.Namespace, backend: Backend, report: dict[str, Any]) -> None:
+    """load: imports, and the time from the start of a process to the end of its first step."""
+    names = ["gpucnn", *arguments.against]
+    modules = dict.fromkeys(["gpucnn", "numpy", *(PEERS[name] for name in arguments.against)])
+    rows = alternate({module: partial(import_seconds, module, report["environment"])
+                      for module in modules}, arguments.windows)
+    show("import", rows)
+    report["results"] += [{"task": "import", **row} for row in rows]
+    for workload in workloads(arguments, backend, "step"):
+        rows = alternate({name: partial(first_step, name, workload, report) for name in names},
+                         arguments.windows)
+        show(f"first step of {workload['model']}, batch {workload['batch']}, from the start of "
+             "the process", rows)
+        report["results"] += [{"task": "first step", "model": workload["model"],
+                               "batch": workload["batch"], **row} for row in rows]
+
+
+COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "step": (run_nets, "One step of training: forward, loss, backward, Adam."),
+    "infer": (run_nets, "The forward pass in inference."),
+    "op": (run_ops, "Each op at the shapes that the models give it."),
+    "load": (run_load, "Seconds of the imports, and from process start to the end of a step."),
+}
+
+
+def run_profile(arguments: argparse.Namespace, workload: dict[str, Any],
+                report: dict[str, Any]) -> dict[str, Any]:
+    """The time of each layer in a step of gpucnn, and its share of the peak of sgemm."""
+    with Contest(["gpucnn"], {**workload, "what": "profile"}, report) as contest:
+        (gemm,) = contest.measure("sgemm", arguments.windows, arguments.seconds)
+        warm = contest.ask("gpucnn", "warm_up", task="step", seconds=arguments.seconds)
+        profile = warm and contest.ask("gpucnn", "profile",
+                                       steps=warm["steps"] * arguments.windows)
+    if not profile:
+        raise GpucnnError(f"no profile: {contest.reasons['gpucnn']}")
+    peak = 2 * GEMM**3 / gemm["minimum"]
+    whole = profile["step"]
+    rest = whole - profile["loss"] - profile["optimiser"] - sum(
+        row["forward"] + row["backward"] for row in profile["rows"])
+    profile |= {"model": workload["model"], "batch": workload["batch"], "everything_else": rest,
+                "peak_flops_per_second": peak}
+    lines = []
+    for row in profile["rows"]:
+        rates = [n * row["flops"] / row[name] for n, name in ((1, "forward"), (2, "backward"))]
+        row["forward_flops_per_second"], row["backward_flops_per_second"] = rates
+        seconds = row["forward"] + row["backward"]
+        figures = [f"{r / 1e9:.1f}" for r in rates] + [f"{r / peak:.0%}" for r in rates]
+        lines.append([f"{row['layer']} {row['class']}", by(row["output_shape"]),
+                      ms(row["forward"]), ms(row["backward"]), f"{seconds / whole:.1%}",
+                      *(figures if row["flops"] else ["-"] * 4)])
+    for name, seconds in (("loss", profile["loss"]), ("optimiser", profile["optimiser"]),
+                          ("everything else", rest), ("step", whole)):
+        lines.append([name, "", ms(seconds), "", f"{seconds / whole:.1%}", *["-"] * 4])
+    print(f"\n{workload['model']}, batch {workload['batch']}: medians of {profile['steps']} steps; "
+          f"sgemm's peak {peak / 1e9:.0f} GFLOP/s")
+    print_table(["layer", "output", "forward ms", "backward ms", "of step", "fw GFLOP/s",
+                 "bw GFLOP/s", "fw of peak", "bw of peak"], lines)
+    return profile
+
+
+def import_seconds(module: str, env: dict[str, str]) -> float:
+    """Of `import module` in a fresh interpreter. Raises Failed."""
+    code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **env},
+                            capture_output=True, text=True, check=False)
+    if result.returncode:
+        last = result.stderr.strip().splitlines()[-1:]
+        raise Failed(one_line("".join(last)).replace("ModuleNotFoundError", "not installed"))
+    return float(result.stdout.splitlines()[-1])
+
+
+def first_step(name: str, workload: dict[str, Any], report: dict[str, Any]) -> float:
+    """Seconds from the start of a process to the end of its first step. Raises Failed."""
+    started = time.perf_counter()
+    child = Child(name, workload, report["environment"])
+    try:
+        report["versions"] |= child.receive()["versions"]
+        child.ask("window", task="step", steps=1)
+        return time.perf_counter() - started
+    finally:
+        child.close()
+
+
+def workloads(arguments: argparse.Namespace, backend: Backend, what: str | None = None
+              ) -> Iterator[dict[str, Any]]:
+    """One for each model and batch that the arguments name."""
+    what = what or arguments.command
+    for name in arguments.model:
+        shape, usual = NETS[name]
+        model = MODELS[name](10)
+        model.declare_at(shape, "")
+        for batch in arguments.batch or ([1, usual] if what == "infer" else [usual]):
+            yield {"what": what, "model": name, "net": describe(model), "batch": batch,
+                   "device": "cuda" if backend.name == "cupy" else "cpu",
+                   "threads": arguments.threads}
+
+
+def environment(arguments: argparse.Namespace, backend: Backend) -> dict[str, str]:
+    """The settings that give every contestant the same threads, and gpucnn its backend."""
+    names = ("GPUCNN_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS",
+             "PJRT_NPROC")  # the last is XLA's
+    return {**dict.fromkeys(names, str(arguments.threads)), "GPUCNN_BACKEND": backend.name,
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+def machine(backend: Backend) -> dict[str, Any]:
+    """The processor, the GPU, and how busy the machine was, for the record."""
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
+                            capture_output=True, text=True, check=False).stdout.strip()
+    return {"cpu": named[1] if named else platform.processor() or platform.machine(),
+            "cores": os.cpu_count(), "allowed_cores": allowed_cores(),
+            "gpu": None if backend.name == "numpy" else cli.device_name(backend),
+            "system": platform.system(), "load_average": os.getloadavg(),
+            "commit": commit or None}
+
+
+def allowed_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def default_path(command: str, report: dict[str, Any]) -> Path:
+    name = report["machine"]["gpu"] or report["machine"]["cpu"]
+    label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return ROOT / "benchmarks" / f"{command}-{label}-{report['date']}.json"
+
+
+def show(title: str, rows: list[Row], memory: bool = False) -> None:
+    """Print the rows; a contestant that failed is a line with the reason."""
+    several = len({row.get("task") for row in rows}) > 1
+    lines = []
+    for row in rows:
+        first = [row["task"]] if several else []
+        if "error" in row:
+            lines.append([*first, row["contestant"], f"  {row['error']}"])
+            continue
+        ratio = f"{row['ratio']:.2f}" if "ratio" in row else "-"
+        line = [*first, row["contestant"], ms(row["median"]), ms(row["minimum"]),
+                ms(row["maximum"]), ratio]
+        if memory:
+            line += [f"{row['images_per_second']:.0f}", *(
+                f"{row[k] / 1e6:.0f}" if row.get(k) is not None else "-" for k in MEMORY)]
+        lines.append(line)
+    print(f"\n{title}")
+    print_table([*(["op"] if several else []), "contestant", "median ms", "minimum", "maximum",
+                 "ratio", *(["images/s", "peak MB", "growth MB", "GPU MB"] if memory else [])],
+                lines)
+
+
+def print_table(header: list[str], lines: list[list[str]]) -> None:
+    """Text to the left, numbers to the right; a line that is too short ends in a message."""
+    whole = [line for line in (header, *lines) if len(line) == len(header)]
+    widths = [max(len(line[i]) for line in whole) for i in range(len(header))]
+    for line in (header, *lines):
+        cells = [c.ljust(w) if h in ("op", "contestant", "layer", "output") else c.rjust(w)
+                 for h, c, w in zip(header, line, widths)]
+        print("  ".join(cells).rstrip(), flush=True)
+
+
+def ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f}"
+
+
+def model_name(text: str) -> str:
+    """An argparse type: "lenet" is lenet5."""
+    return "lenet5" if text == "lenet" else text
+
+
+def peers(text: str) -> list[str]:
+    """An argparse type: names of PEERS, separated by commas."""
+    names = list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in PEERS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(PEERS)}")
+    return names
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())
