@@ -211,7 +211,7 @@ def test_a_reader_that_goes_away_is_no_error(trained):
     assert "Error" not in errors
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate", "predict", "gpu_check"])
+@pytest.mark.parametrize("script", ["train", "evaluate", "predict", "benchmark", "gpu_check"])
 def test_help(script):
     text = run(f"scripts.{script}", "--help").stdout
     assert text.startswith(f"usage: {script}.py ")
