@@ -165,13 +165,13 @@ def run_profile(arguments: argparse.Namespace, workload: dict[str, Any],
                 "peak_flops_per_second": peak}
     lines = []
     for row in profile["rows"]:
-        rates = [n * row["flops"] / row[name] for n, name in ((1, "forward"), (2, "backward"))]
+        rates = [row[f"{name}_flops"] / row[name] for name in ("forward", "backward")]
         row["forward_flops_per_second"], row["backward_flops_per_second"] = rates
         seconds = row["forward"] + row["backward"]
         figures = [f"{r / 1e9:.1f}" for r in rates] + [f"{r / peak:.0%}" for r in rates]
         lines.append([f"{row['layer']} {row['class']}", by(row["output_shape"]),
                       ms(row["forward"]), ms(row["backward"]), f"{seconds / whole:.1%}",
-                      *(figures if row["flops"] else ["-"] * 4)])
+                      *(figures if row["forward_flops"] else ["-"] * 4)])
     for name, seconds in (("loss", profile["loss"]), ("optimiser", profile["optimiser"]),
                           ("everything else", rest), ("step", whole)):
         lines.append([name, "", ms(seconds), "", f"{seconds / whole:.1%}", *["-"] * 4])

@@ -183,7 +183,7 @@ def test_step(tmp_path, broken_peers):
     parts = [row["forward"] + row["backward"] for row in profile["rows"]]
     assert [row["class"] for row in profile["rows"]] == [
         "Conv2D", "AvgPool2D", "Conv2D", "AvgPool2D", "Flatten", "Dense", "Dense", "Dense"]
-    assert profile["rows"][0]["flops"] == 2 * 2 * 28 * 28 * 6 * 25
+    assert profile["rows"][0]["forward_flops"] == 2 * 2 * 28 * 28 * 6 * 25
     assert sum(parts) + profile["loss"] + profile["optimiser"] + profile["everything_else"] == (
         pytest.approx(profile["step"]))
     assert profile["peak_flops_per_second"] > 0

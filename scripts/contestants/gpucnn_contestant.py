@@ -46,7 +46,7 @@ class Contestant:
     def step(self) -> Any:
         """One step of training; returns the loss."""
         value, dlogits = self.loss(self.model.forward(self.x, training=True), self.t)
-        self.model.backward(dlogits)
+        self.model.backward_parameters(dlogits)
         self.optimizer.step()
         return value
 
@@ -129,6 +129,9 @@ def profile(contestant: Contestant, steps: int) -> dict[str, Any]:
     for layer in leaves:
         for name in ("forward", "backward"):
             setattr(layer, name, timed(f"{layer.path} {name}", getattr(layer, name)))
+        if type(layer).backward_parameters is not Layer.backward_parameters:
+            vars(layer)["backward_parameters"] = timed(f"{layer.path} backward",
+                                                       layer.backward_parameters)
     contestant.loss = timed("loss", contestant.loss)
     vars(contestant.optimizer)["step"] = timed("optimiser", contestant.optimizer.step)
     step = timed("step", contestant.step)
@@ -136,7 +139,9 @@ def profile(contestant: Contestant, steps: int) -> dict[str, Any]:
         step()
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
     rows = [{"layer": layer.path, "class": type(layer).__name__,
-             "output_shape": layer.output_shape, "flops": flops(layer, contestant.batch),
+             "output_shape": layer.output_shape, "forward_flops": flops(layer, contestant.batch),
+             # The first layer's input gradient is not computed.
+             "backward_flops": (1 if layer is leaves[0] else 2) * flops(layer, contestant.batch),
              "forward": median[f"{layer.path} forward"],
              "backward": median[f"{layer.path} backward"]} for layer in leaves]
     return {"rows": rows, **{name: median[name] for name in ("loss", "optimiser", "step")},
@@ -144,5 +149,5 @@ def profile(contestant: Contestant, steps: int) -> dict[str, Any]:
 
 
 def flops(layer: Layer, batch: int) -> int:
-    """Of a forward pass, for layers that multiply matrices; the backward pass has two such."""
+    """Of a forward pass, for layers that multiply matrices."""
     return 2 * batch * layer.multiply_adds() if "w" in layer.own_parameters else 0
