@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from gpucnn.backend import Array
-from gpucnn.numerics import zero_unless
+from gpucnn.numerics import zero_where
 
 NAMES = ("relu", "leaky_relu", "sigmoid", "tanh")
 LEAKY_SLOPE = 0.01
@@ -45,7 +45,7 @@ def activation_backward(xp: Any, name: str | None, da: Array, a: Array,
                         slope: float = LEAKY_SLOPE) -> Array:
     """dZ = dA g'(Z), given A = g(Z). Shapes and dtypes as dA's; neither input is written."""
     if name == "relu":
-        return zero_unless(~(a <= 0), da)  # also where a is NaN
+        return zero_where(a <= 0, da)  # which NaN is not
     if name == "leaky_relu":
         return da * xp.where(a > 0, da.dtype.type(1), da.dtype.type(slope))
     if name == "tanh":

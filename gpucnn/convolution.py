@@ -15,7 +15,7 @@ share of c_out, as one matrix product a group.
 from __future__ import annotations
 
 from gpucnn.activations import activate, activation_backward
-from gpucnn.backend import Array, Backend, blocks_of
+from gpucnn.backend import Array, Backend
 from gpucnn.geometry import Window
 from gpucnn.numerics import sum_rows
 
@@ -88,7 +88,7 @@ def _blocks(backend: Backend, x: Array, w: Array, window: Window) -> list[slice]
     """
     _, h, width, c = x.shape
     oh, ow = window.out_size(h, width)
-    return blocks_of(backend, len(x), oh * ow * window.places * c * x.itemsize, w.nbytes // 2)
+    return backend.blocks(len(x), oh * ow * window.places * c * x.itemsize, w.nbytes // 2)
 
 
 def _is_pointwise(window: Window) -> bool:

@@ -8,6 +8,12 @@ import numpy as np
 from gpucnn.backend import Array
 
 
+def blocks_of(n: int, items: int) -> list[slice]:
+    """range(n) in runs of `items`, or of 1 where that is less."""
+    items = max(1, items)
+    return [slice(start, min(start + items, n)) for start in range(0, n, items)]
+
+
 def sum_rows(xp: Any, matrix: Array) -> Array:
     """The sum over the rows of matrix (rows, columns) -> (columns,).
 
@@ -17,14 +23,17 @@ def sum_rows(xp: Any, matrix: Array) -> Array:
     return xp.ones(len(matrix), matrix.dtype) @ matrix
 
 
-def zero_unless(keep: Array, values: Array) -> Array:
-    """values where keep (bool, the same shape) is true, else 0: xp.where(keep, values, 0).
+def zero_where(drop: Array, values: Array) -> Array:
+    """0 where drop (bool, the same shape) is true, else values: xp.where(drop, 0, values).
 
     By a mask of bits: NumPy's conditional copies take ten times as long, and a product with 0 or 1
-    would turn an infinity that is not kept into NaN.
+    would turn an infinity that is dropped into NaN.
     """
     bits = np.dtype(f"i{values.itemsize}")
-    return (values.view(bits) & -keep.astype(bits)).view(values.dtype)
+    mask = drop.astype(bits)
+    mask -= 1  # 0 becomes all ones
+    mask &= values.view(bits)
+    return mask.view(values.dtype)
 
 
 def log_softmax(xp: Any, z: Array) -> Array:

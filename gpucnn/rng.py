@@ -9,28 +9,27 @@ from __future__ import annotations
 
 import numpy as np
 
-_MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_KEY_STEPS = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
+_KEY_STEPS = np.array([[0x9E3779B9], [0xBB67AE85]], np.uint64)
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
-_CHUNK = 1 << 13  # counters at a time: their words stay in the cache
+_CHUNK = 1 << 15  # counters at a time: their words stay in the cache
 
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     """Ten rounds of Philox4x32: counter (n, 4) uint32, key two 32-bit words -> (n, 4) uint32."""
-    a, b, c, d = np.ascontiguousarray(counter.T, np.uint64)
-    k0, k1 = np.uint64(key[0]), np.uint64(key[1])
-    product0, product1 = np.empty_like(a), np.empty_like(a)
+    words = counter.T.reshape(2, 2, -1).astype(np.uint64, order="C")
+    even, odd = words[:, 0], words[:, 1]  # of the words 0 to 3: (2, n) each
+    products = np.empty_like(even)
+    k = np.array(key, np.uint64)[:, None]
     for _ in range(10):
-        np.multiply(a, _MULTIPLIERS[0], out=product0)
-        np.multiply(c, _MULTIPLIERS[1], out=product1)
-        for high, other, k, word in ((product1, b, k0, a), (product0, d, k1, c)):
-            np.right_shift(high, _SHIFT, out=word)
-            word ^= other
-            word ^= k
-        np.bitwise_and(product1, _LOW, out=b)
-        np.bitwise_and(product0, _LOW, out=d)
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
-    return np.stack([a, b, c, d], axis=1).astype(np.uint32)
+        np.multiply(even, _MULTIPLIERS, out=products)
+        other = products[::-1]
+        np.right_shift(other, _SHIFT, out=even)
+        even ^= odd
+        even ^= k
+        np.bitwise_and(other, _LOW, out=odd)
+        k = (k + _KEY_STEPS) & _LOW
+    return words.reshape(4, -1).T.astype(np.uint32, order="C")
 
 
 def random_words(size: int, key: int, stream: int = 0, *, start: int = 0) -> np.ndarray:

@@ -34,13 +34,19 @@ class Backend(Protocol):
 
     @property
     def block_bytes(self) -> int:
-        """How much memory one block of work should go over (see blocks_of)."""
+        """How much memory one block of work should go over."""
 
     def asarray(self, a: Any, dtype: Any = None) -> Array:
         """a as a C-contiguous array of this backend, copied only if it must be."""
 
     def to_numpy(self, a: Array) -> np.ndarray:
         """a in host memory."""
+
+    def blocks(self, n: int, item_bytes: int, least_bytes: int = 0) -> list[slice]:
+        """n items in blocks of about block_bytes, or of `least_bytes` where that is more.
+
+        Their length depends on the arguments alone, so that sums over blocks are always the same.
+        """
 
     def for_each(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
         """work(item) for each item, in any order; on the CPU by several threads."""
@@ -142,15 +148,6 @@ def make_backend(name: str) -> Backend:
 def backend_of(array: Array) -> Backend:
     """The backend that an array belongs to, by its type."""
     return make_backend("cupy" if type(array).__module__.split(".")[0] == "cupy" else "numpy")
-
-
-def blocks_of(backend: Backend, n: int, item_bytes: int, least_bytes: int = 0) -> list[slice]:
-    """n items in blocks of about block_bytes, or of `least_bytes` where that is more.
-
-    Their length depends on the arguments alone, so that sums over blocks are always the same.
-    """
-    items = max(1, max(backend.block_bytes, least_bytes) // max(1, item_bytes))
-    return [slice(start, min(start + items, n)) for start in range(0, n, items)]
 
 
 def cupy_obstacle() -> str | None:

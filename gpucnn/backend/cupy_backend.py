@@ -10,7 +10,7 @@ import numpy as np
 from gpucnn import convolution
 from gpucnn.backend.cuda_kernel import Kernel
 from gpucnn.geometry import Window
-from gpucnn.numerics import sum_rows
+from gpucnn.numerics import blocks_of, sum_rows
 from gpucnn.rng import drop_threshold, words_of
 
 _im2col = Kernel("im2col.cu", "im2col")
@@ -32,6 +32,9 @@ class CupyBackend:
 
     def to_numpy(self, a: Any) -> np.ndarray:
         return cupy.asnumpy(a)
+
+    def blocks(self, n: int, item_bytes: int, least_bytes: int = 0) -> list[slice]:
+        return blocks_of(n, max(self.block_bytes, least_bytes) // max(1, item_bytes))
 
     def for_each(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
         for item in items:

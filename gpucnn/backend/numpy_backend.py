@@ -13,26 +13,34 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from gpucnn import convolution
-from gpucnn.backend import blocks_of, parallel, row_convolution
+from gpucnn.backend import narrow_convolution, parallel, row_convolution
 from gpucnn.geometry import Window
-from gpucnn.numerics import sum_rows, zero_unless
+from gpucnn.numerics import blocks_of, sum_rows, zero_where
 from gpucnn.rng import drop_threshold, random_words
 
 MATMUL_ROWS = 64         # a block at least: fewer would not repay the BLAS's copy of b
 MATMUL_WORK = 1 << 22    # multiply-adds of a block at least: fewer would not repay a thread
-DROPOUT_BLOCK = 1 << 15  # elements
+DROPOUT_BLOCK = 1 << 17  # elements
+SHARED_BY = 16           # into at least so many blocks, for the threads to share out evenly,
+WORTH_SHARING = 1 << 18  # but none of fewer bytes than this
 
 
 class NumpyBackend:
     name = "numpy"
     xp = np
-    block_bytes = 1 << 20  # what a core's own cache holds
+    block_bytes = 2 << 20  # what a core's own cache holds
 
     def asarray(self, a: Any, dtype: Any = None) -> np.ndarray:
         return np.asarray(a, dtype, order="C")
 
     def to_numpy(self, a: np.ndarray) -> np.ndarray:
         return a
+
+    def blocks(self, n: int, item_bytes: int, least_bytes: int = 0) -> list[slice]:
+        item_bytes = max(1, item_bytes)
+        even = max(-(-n // SHARED_BY), WORTH_SHARING // item_bytes)
+        return blocks_of(n, max(min(self.block_bytes // item_bytes, even),
+                                least_bytes // item_bytes))
 
     def for_each(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
         parallel.for_each(work, items)
@@ -55,7 +63,7 @@ class NumpyBackend:
         def add(rows: slice, total: np.ndarray) -> None:
             total += sum_rows(np, matrix[rows])
 
-        return self.sum_over(add, blocks_of(self, len(matrix), matrix[:1].nbytes),
+        return self.sum_over(add, self.blocks(len(matrix), matrix[:1].nbytes),
                              [np.empty(matrix.shape[1], matrix.dtype)])[0]
 
     def conv2d(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None, window: Window,
@@ -63,6 +71,9 @@ class NumpyBackend:
         if row_convolution.pays(window, groups, x.shape, w.shape[-1]):
             return row_convolution.conv2d(x, w, b, window, activation,
                                           self._blocks(x, w, window))
+        if narrow_convolution.pays(window, groups, x.shape):
+            return narrow_convolution.conv2d(x, w, b, window, activation,
+                                             self._blocks(x, w, window))
         return convolution.conv2d(self, x, w, b, window, groups, activation)
 
     def conv2d_backward(self, da: np.ndarray, a: np.ndarray, x: np.ndarray, w: np.ndarray,
@@ -72,6 +83,10 @@ class NumpyBackend:
         if row_convolution.backward_pays(window, groups, x.shape, w.shape[-1], input_gradient):
             return row_convolution.conv2d_backward(da, a, x, w, window, activation, input_gradient,
                                                    self._blocks(x, w, window))
+        if not input_gradient and narrow_convolution.pays(window, groups, x.shape):
+            dw, db = narrow_convolution.weight_gradient(da, a, x, w, window, activation,
+                                                        self._blocks(x, w, window))
+            return None, dw, db
         return convolution.conv2d_backward(self, da, a, x, w, window, groups, activation,
                                            input_gradient)
 
@@ -93,17 +108,8 @@ class NumpyBackend:
 
     def col2im(self, cols: np.ndarray, x_shape: tuple[int, ...], window: Window) -> np.ndarray:
         n, oh, ow, c = _output_shape(x_shape, window)
-        x = np.empty(x_shape, cols.dtype)
         places = cols.reshape(n, oh, ow, window.places, c)
-
-        def fold(images: slice) -> None:
-            padded = np.zeros(_padded_shape(x[images].shape, window), cols.dtype)
-            for place, pixels in _places(padded, window, oh, ow):
-                pixels += places[images, :, :, place]
-            x[images] = _unpad(padded, x_shape, window)
-
-        self._for_images(fold, x, cols.nbytes)
-        return x
+        return self._gather(x_shape, window, cols, lambda n, place: places[n, :, :, place])
 
     def max_pool(self, x: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
         y = np.empty(_output_shape(x.shape, window), x.dtype)
@@ -113,16 +119,8 @@ class NumpyBackend:
 
     def max_pool_backward(self, dy: np.ndarray, mask: np.ndarray, x_shape: tuple[int, ...],
                           window: Window) -> np.ndarray:
-        dx = np.empty(x_shape, dy.dtype)
-
-        def gather(n: slice) -> None:
-            padded = np.zeros(_padded_shape(dx[n].shape, window), dy.dtype)
-            for place, pixels in _places(padded, window, *dy.shape[1:3]):
-                pixels += zero_unless(mask[n] == place, dy[n])
-            dx[n] = _unpad(padded, x_shape, window)
-
-        self._for_images(gather, dx, 2 * dx.nbytes)
-        return dx
+        return self._gather(x_shape, window, dy,
+                            lambda n, place: zero_where(mask[n] != place, dy[n]))
 
     def avg_pool(self, x: np.ndarray, window: Window) -> np.ndarray:
         y = np.empty(_output_shape(x.shape, window), x.dtype)
@@ -139,18 +137,8 @@ class NumpyBackend:
 
     def avg_pool_backward(self, dy: np.ndarray, x_shape: tuple[int, ...],
                           window: Window) -> np.ndarray:
-        dx = np.empty(x_shape, dy.dtype)
-        seen = _pixels_seen(x_shape, window, dy.dtype)
-
-        def gather(n: slice) -> None:
-            share = dy[n] / seen
-            padded = np.zeros(_padded_shape(dx[n].shape, window), dy.dtype)
-            for _, pixels in _places(padded, window, *dy.shape[1:3]):
-                pixels += share
-            dx[n] = _unpad(padded, x_shape, window)
-
-        self._for_images(gather, dx, 2 * dx.nbytes)
-        return dx
+        share = dy / _pixels_seen(x_shape, window, dy.dtype)
+        return self._gather(x_shape, window, dy, lambda n, place: share[n])
 
     def dropout(self, x: np.ndarray, rate: float, key: int, stream: int) -> np.ndarray:
         y = np.empty_like(x)
@@ -158,20 +146,40 @@ class NumpyBackend:
 
         def drop(block: slice) -> None:
             words = random_words(block.stop - block.start, key, stream, start=block.start)
-            flat_y[block] = zero_unless(words >= drop_threshold(rate),
-                                        flat_x[block] * x.dtype.type(1 / (1 - rate)))
+            scaled = np.multiply(flat_x[block], x.dtype.type(1 / (1 - rate)), out=flat_y[block])
+            scaled[...] = zero_where(words < drop_threshold(rate), scaled)
 
-        self.for_each(drop, [slice(start, min(start + DROPOUT_BLOCK, x.size))
-                             for start in range(0, x.size, DROPOUT_BLOCK)])
+        self.for_each(drop, blocks_of(x.size, DROPOUT_BLOCK))
         return y
 
     def _blocks(self, x: np.ndarray, w: np.ndarray, window: Window) -> list[slice]:
-        """The batch in blocks whose rows of taps take about block_bytes (row_convolution.py)."""
-        return blocks_of(self, len(x), x[:1].nbytes * window.kw, w.nbytes // 2)
+        """The batch in blocks whose unfolded rows and output take about block_bytes."""
+        _, oh, ow, _ = _output_shape(x.shape, window)
+        return self.blocks(len(x), x[:1].nbytes * window.kw + oh * ow * w.shape[-1] * x.itemsize)
+
+    def _gather(self, x_shape: tuple[int, ...], window: Window, dy: np.ndarray,
+                reaching: Callable[[slice, int], np.ndarray]) -> np.ndarray:
+        """dx: the sum over all places of what reaches the pixels there.
+
+        reaching: images, place -> (n, oh, ow, c), for each output what it sends to that place.
+        """
+        dx = np.empty(x_shape, dy.dtype)
+
+        def gather(n: slice) -> None:
+            padded = dx[n] if not _is_padded(window) else \
+                parallel.scratch("padded", _padded_shape(dx[n].shape, window), dx.dtype)
+            padded[...] = 0
+            for place, pixels in _places(padded, window, *window.out_size(*x_shape[1:3])):
+                pixels += reaching(n, place)
+            if _is_padded(window):
+                dx[n] = _unpad(padded, x_shape, window)
+
+        self._for_images(gather, dx, dx.nbytes + dy.nbytes)
+        return dx
 
     def _for_images(self, work: Callable[[slice], None], x: np.ndarray, nbytes: int) -> None:
         """work(images) for all images of x, in blocks; nbytes: what it works on for all of x."""
-        self.for_each(work, blocks_of(self, len(x), nbytes // max(1, len(x))))
+        self.for_each(work, self.blocks(len(x), nbytes // max(1, len(x))))
 
 
 def _max_pool(x: np.ndarray, window: Window, y: np.ndarray, mask: np.ndarray) -> None:
@@ -207,19 +215,22 @@ def _padded_shape(x_shape: tuple[int, ...], window: Window) -> tuple[int, int, i
     return n, window.top + h + window.bottom, window.left + w + window.right, c
 
 
+def _is_padded(window: Window) -> bool:
+    return any((window.top, window.bottom, window.left, window.right))
+
+
 def _pad(x: np.ndarray, window: Window, value: float = 0) -> np.ndarray:
-    if not any((window.top, window.bottom, window.left, window.right)):
+    if not _is_padded(window):
         return x
     padded = np.full(_padded_shape(x.shape, window), value, x.dtype)
-    _, h, w, _ = x.shape
-    padded[:, window.top:window.top + h, window.left:window.left + w] = x
+    _unpad(padded, x.shape, window)[...] = x
     return padded
 
 
 def _unpad(padded: np.ndarray, x_shape: tuple[int, ...], window: Window) -> np.ndarray:
+    """The view of a padded x that is x."""
     _, h, w, _ = x_shape
-    return np.ascontiguousarray(
-        padded[:, window.top:window.top + h, window.left:window.left + w])
+    return padded[:, window.top:window.top + h, window.left:window.left + w]
 
 
 def _windows(padded: np.ndarray, window: Window, oh: int, ow: int) -> np.ndarray:

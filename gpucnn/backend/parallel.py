@@ -42,12 +42,12 @@ def for_each(work: Callable[[Any], None], items: Sequence[Any]) -> None:
 
     Inside of such work, another for_each runs on the thread that it is called from.
     """
+    if _thread.working:
+        for item in items:
+            work(item)
+        return
     with _blas.one_thread():
-        threads = 1 if _thread.working else min(thread_count(), len(items))
-        if threads <= 1:
-            for item in items:
-                work(item)
-            return
+        threads = min(thread_count(), len(items))
         numbers, errors = itertools.count(), np.geterr()  # next() of a count is atomic
 
         def drain() -> None:

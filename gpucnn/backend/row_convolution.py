@@ -76,10 +76,10 @@ def conv2d_backward(da: np.ndarray, a: np.ndarray, x: np.ndarray, w: np.ndarray,
         dz = activation_backward(np, activation, da[images], a[images])
         db += sum_rows(np, dz.reshape(-1, dz.shape[-1]))
         for dw_row, cols in zip(dw, _rows_under(_unfold(x[images], window), window, dz.shape[1])):
-            cols, dz_rows = _in_place(cols, dz, window.sh)
-            products = parallel.scratch("products", (*cols.shape[:2], *dw_row.shape), x.dtype)
-            np.matmul(cols.transpose(0, 1, 3, 2), dz_rows, out=products)
-            dw_row += products.sum(axis=(0, 1))
+            for taps, errors in _in_place(cols, dz, least_pixels=64):
+                products = parallel.scratch("products", (*taps.shape[:2], *dw_row.shape), x.dtype)
+                np.matmul(taps.transpose(0, 1, 3, 2), errors, out=products)
+                dw_row += products.sum(axis=(0, 1))
         if dx is not None:
             _multiply(_unfold(dz, back), rotated, back, dx[images])
 
@@ -96,8 +96,8 @@ def _backward_window(window: Window) -> Window:
                            left=ew - 1 - window.left, right=ew - 1 - window.right)
 
 
-def _unfold(x: np.ndarray, window: Window) -> np.ndarray:
-    """x (n, h, w, c) -> cols (n, top + h + bottom, ow, kw * c), in scratch memory."""
+def pad(x: np.ndarray, window: Window) -> np.ndarray:
+    """x with zeros around it, in scratch memory."""
     n, h, width, c = x.shape
     top, left = window.top, window.left
     padded = parallel.scratch("padded", (n, top + h + window.bottom, left + width + window.right,
@@ -107,12 +107,18 @@ def _unfold(x: np.ndarray, window: Window) -> np.ndarray:
     padded[:, :, :left] = 0
     padded[:, :, left + width:] = 0
     padded[:, top:top + h, left:left + width] = x
-    _, ow = window.out_size(h, width)
-    cols = parallel.scratch("cols", (*padded.shape[:2], ow, window.kw, c), x.dtype)
+    return padded
+
+
+def _unfold(x: np.ndarray, window: Window) -> np.ndarray:
+    """x (n, h, w, c) -> cols (n, top + h + bottom, ow, kw * c), in scratch memory."""
+    padded = pad(x, window)
+    _, ow = window.out_size(*x.shape[1:3])
+    cols = parallel.scratch("cols", (*padded.shape[:2], ow, window.kw, x.shape[-1]), x.dtype)
     image, row, pixel, channel = padded.strides
     cols[...] = as_strided(padded, cols.shape,
                            (image, row, window.sw * pixel, window.dw * pixel, channel))
-    return cols.reshape(*cols.shape[:3], window.kw * c)
+    return cols.reshape(*cols.shape[:3], -1)
 
 
 def _rows_under(cols: np.ndarray, window: Window, oh: int) -> Iterator[np.ndarray]:
@@ -128,20 +134,25 @@ def _multiply(cols: np.ndarray, w: np.ndarray, window: Window, z: np.ndarray) ->
     term = parallel.scratch("term", z.shape, z.dtype)
     for ky, rows in enumerate(_rows_under(cols, window, z.shape[1])):
         out = term if ky else z
-        rows, out_rows = _in_place(rows, out, window.sh)
-        np.matmul(rows, filters[ky], out=out_rows)
+        for taps, results in _in_place(rows, out):
+            np.matmul(taps, filters[ky], out=results)
         if ky:
             z += term
 
 
-def _in_place(a: np.ndarray, b: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray]:
+def _in_place(a: np.ndarray, b: np.ndarray, least_pixels: int = 1
+              ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Views of a and b (n, h, w, c) as (n, h / m, m * w, c): m rows of an image to a product.
 
-    m is the largest for which the product of a row of a and one of b is done in place. With a
-    stride the rows do not lie one after the other, and m is 1.
+    m is the largest for which the product is computed in place; where that makes less than
+    `least_pixels` a product, it is h. What m leaves over comes in views of its own.
     """
     n, h, width, c = a.shape
-    row = width * c * b.shape[-1]
-    m = 1 if stride > 1 else next(m for m in range(h, 0, -1) if h % m == 0
-                                  and (m * row <= IN_PLACE or m == 1))
-    return (a.reshape(n, h // m, m * width, c), b.reshape(n, h // m, m * width, b.shape[-1]))
+    m = max(1, min(h, IN_PLACE // (width * c * b.shape[-1])))
+    if m * width < least_pixels:
+        m = h
+    whole = h // m * m
+    for rows, size in ((slice(whole), m), (slice(whole, h), h - whole)):
+        if size:
+            yield (a[:, rows].reshape(n, -1, size * width, c),
+                   b[:, rows].reshape(n, -1, size * width, b.shape[-1]))
