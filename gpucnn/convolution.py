@@ -24,7 +24,7 @@ def conv2d(backend: Backend, x: Array, w: Array, b: Array | None, window: Window
            activation: str | None) -> Array:
     """x (n, h, w, c_in), w (kh, kw, c_in / groups, c_out), b (c_out,) -> A (n, oh, ow, c_out)."""
     xp = backend.xp
-    a = xp.empty((len(x), *window.out_size(*x.shape[1:3]), w.shape[-1]), x.dtype)
+    a = backend.empty((len(x), *window.out_size(*x.shape[1:3]), w.shape[-1]), x.dtype)
     filters = _filter_matrices(w, groups)
 
     def convolve(images: slice) -> None:
@@ -48,7 +48,7 @@ def conv2d_backward(backend: Backend, da: Array, a: Array, x: Array, w: Array, w
     input_gradient: without it dx is None.
     """
     xp = backend.xp
-    dx = xp.empty_like(x) if input_gradient else None
+    dx = backend.empty(x.shape, x.dtype) if input_gradient else None
     filters = _filter_matrices(w, groups)
     back = filters.transpose(0, 2, 1)
 

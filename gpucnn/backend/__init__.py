@@ -42,6 +42,9 @@ class Backend(Protocol):
     def to_numpy(self, a: Array) -> np.ndarray:
         """a in host memory."""
 
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """An uninitialised C-contiguous array, in memory that was used before if there is any."""
+
     def blocks(self, n: int, item_bytes: int, least_bytes: int = 0) -> list[slice]:
         """n items in blocks of about block_bytes, or of `least_bytes` where that is more.
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from gpucnn.activations import activation_backward
-from gpucnn.backend import parallel
-from gpucnn.backend.row_convolution import IN_PLACE, pad
+from gpucnn.backend import Backend, parallel
+from gpucnn.backend.row_convolution import IN_PLACE, blocks, pad
 from gpucnn.convolution import finish
 from gpucnn.geometry import Window
 from gpucnn.numerics import sum_rows
@@ -27,10 +27,10 @@ def pays(window: Window, groups: int, x_shape: tuple[int, ...]) -> bool:
     return groups == 1 and window.places > 1 and x_shape[-1] <= 4
 
 
-def conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray | None, window: Window,
-           activation: str | None, blocks: list[slice]) -> np.ndarray:
-    """As gpucnn.convolution.conv2d without groups; blocks: runs of images."""
-    a = np.empty((len(x), *window.out_size(*x.shape[1:3]), w.shape[-1]), x.dtype)
+def conv2d(backend: Backend, x: np.ndarray, w: np.ndarray, b: np.ndarray | None, window: Window,
+           activation: str | None) -> np.ndarray:
+    """As gpucnn.convolution.conv2d, without groups."""
+    a = backend.empty((len(x), *window.out_size(*x.shape[1:3]), w.shape[-1]), x.dtype)
     filters = w.reshape(-1, w.shape[-1])
 
     def convolve(images: slice) -> None:
@@ -39,13 +39,13 @@ def conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray | None, window: Window,
             np.matmul(taps.transpose(1, 2, 0), filters, out=rows)
         finish(np, a[images], b, activation)
 
-    parallel.for_each(convolve, blocks)
+    backend.for_each(convolve, blocks(backend, x, a, window))
     return a
 
 
-def weight_gradient(da: np.ndarray, a: np.ndarray, x: np.ndarray, w: np.ndarray, window: Window,
-                    activation: str | None, blocks: list[slice]) -> tuple[np.ndarray, np.ndarray]:
-    """dw and db of gpucnn.convolution.conv2d_backward without groups; blocks: runs of images."""
+def weight_gradient(backend: Backend, da: np.ndarray, a: np.ndarray, x: np.ndarray, w: np.ndarray,
+                    window: Window, activation: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """dw and db of gpucnn.convolution.conv2d_backward, without groups."""
     def add(images: slice, dw: np.ndarray, db: np.ndarray) -> None:
         dz = activation_backward(np, activation, da[images], a[images]).reshape(-1, len(db))
         db += sum_rows(np, dz)
@@ -54,8 +54,8 @@ def weight_gradient(da: np.ndarray, a: np.ndarray, x: np.ndarray, w: np.ndarray,
             np.matmul(taps.transpose(1, 0, 2), rows, out=products)
             dw += products.sum(axis=0)
 
-    dw, db = parallel.sum_over(add, blocks, [w.reshape(-1, w.shape[-1]),
-                                             np.empty(w.shape[-1], w.dtype)])
+    dw, db = backend.sum_over(add, blocks(backend, x, a, window),
+                              [w.reshape(-1, w.shape[-1]), np.empty(w.shape[-1], w.dtype)])
     return dw.reshape(w.shape), db
 
 

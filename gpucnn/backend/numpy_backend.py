@@ -14,6 +14,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from gpucnn import convolution
 from gpucnn.backend import narrow_convolution, parallel, row_convolution
+from gpucnn.backend.recycling import Recycler
 from gpucnn.geometry import Window
 from gpucnn.numerics import blocks_of, sum_rows, zero_where
 from gpucnn.rng import drop_threshold, random_words
@@ -22,13 +23,16 @@ MATMUL_ROWS = 64         # a block at least: fewer would not repay the BLAS's co
 MATMUL_WORK = 1 << 22    # multiply-adds of a block at least: fewer would not repay a thread
 DROPOUT_BLOCK = 1 << 17  # elements
 SHARED_BY = 16           # into at least so many blocks, for the threads to share out evenly,
-WORTH_SHARING = 1 << 18  # but none of fewer bytes than this
+WORTH_SHARING = 1 << 20  # but none of fewer bytes than this
 
 
 class NumpyBackend:
     name = "numpy"
     xp = np
-    block_bytes = 2 << 20  # what a core's own cache holds
+    block_bytes = 2 << 20  # fits a core's share of the cache, and is worth waking a thread for
+
+    def __init__(self) -> None:
+        self._recycler = Recycler()
 
     def asarray(self, a: Any, dtype: Any = None) -> np.ndarray:
         return np.asarray(a, dtype, order="C")
@@ -36,11 +40,14 @@ class NumpyBackend:
     def to_numpy(self, a: np.ndarray) -> np.ndarray:
         return a
 
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        return self._recycler.empty(shape, dtype)
+
     def blocks(self, n: int, item_bytes: int, least_bytes: int = 0) -> list[slice]:
-        item_bytes = max(1, item_bytes)
-        even = max(-(-n // SHARED_BY), WORTH_SHARING // item_bytes)
-        return blocks_of(n, max(min(self.block_bytes // item_bytes, even),
-                                least_bytes // item_bytes))
+        count = -(-n * item_bytes // max(self.block_bytes, least_bytes))
+        if count < 16:  # a power of two: threads that share out few blocks get as many each
+            count = 1 << max(0, count - 1).bit_length()
+        return blocks_of(n, -(-n // count))
 
     def for_each(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
         parallel.for_each(work, items)
@@ -50,7 +57,7 @@ class NumpyBackend:
         return parallel.sum_over(work, items, like)
 
     def matmul(self, a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        product = np.empty((len(a), b.shape[1]), a.dtype) if out is None else out
+        product = self.empty((len(a), b.shape[1]), a.dtype) if out is None else out
         rows = max(MATMUL_ROWS, MATMUL_WORK // max(1, b.size))
 
         def multiply(start: int) -> None:
@@ -69,11 +76,9 @@ class NumpyBackend:
     def conv2d(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None, window: Window,
                groups: int, activation: str | None) -> np.ndarray:
         if row_convolution.pays(window, groups, x.shape, w.shape[-1]):
-            return row_convolution.conv2d(x, w, b, window, activation,
-                                          self._blocks(x, w, window))
+            return row_convolution.conv2d(self, x, w, b, window, activation)
         if narrow_convolution.pays(window, groups, x.shape):
-            return narrow_convolution.conv2d(x, w, b, window, activation,
-                                             self._blocks(x, w, window))
+            return narrow_convolution.conv2d(self, x, w, b, window, activation)
         return convolution.conv2d(self, x, w, b, window, groups, activation)
 
     def conv2d_backward(self, da: np.ndarray, a: np.ndarray, x: np.ndarray, w: np.ndarray,
@@ -81,18 +86,17 @@ class NumpyBackend:
                         input_gradient: bool = True
                         ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
         if row_convolution.backward_pays(window, groups, x.shape, w.shape[-1], input_gradient):
-            return row_convolution.conv2d_backward(da, a, x, w, window, activation, input_gradient,
-                                                   self._blocks(x, w, window))
+            return row_convolution.conv2d_backward(self, da, a, x, w, window, activation,
+                                                   input_gradient)
         if not input_gradient and narrow_convolution.pays(window, groups, x.shape):
-            dw, db = narrow_convolution.weight_gradient(da, a, x, w, window, activation,
-                                                        self._blocks(x, w, window))
+            dw, db = narrow_convolution.weight_gradient(self, da, a, x, w, window, activation)
             return None, dw, db
         return convolution.conv2d_backward(self, da, a, x, w, window, groups, activation,
                                            input_gradient)
 
     def im2col(self, x: np.ndarray, window: Window) -> np.ndarray:
         n, oh, ow, c = _output_shape(x.shape, window)
-        cols = np.empty((n * oh * ow, window.places * c), x.dtype)
+        cols = self.empty((n * oh * ow, window.places * c), x.dtype)
 
         def unfold(images: slice) -> None:
             rows = cols.reshape(n, oh, ow, window.kh, window.kw, c)[images]
@@ -112,8 +116,8 @@ class NumpyBackend:
         return self._gather(x_shape, window, cols, lambda n, place: places[n, :, :, place])
 
     def max_pool(self, x: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
-        y = np.empty(_output_shape(x.shape, window), x.dtype)
-        mask = np.empty(y.shape, window.mask_dtype)
+        y = self.empty(_output_shape(x.shape, window), x.dtype)
+        mask = self.empty(y.shape, window.mask_dtype)
         self._for_images(lambda n: _max_pool(x[n], window, y[n], mask[n]), x, 2 * x.nbytes)
         return y, mask
 
@@ -123,13 +127,14 @@ class NumpyBackend:
                             lambda n, place: zero_where(mask[n] != place, dy[n]))
 
     def avg_pool(self, x: np.ndarray, window: Window) -> np.ndarray:
-        y = np.empty(_output_shape(x.shape, window), x.dtype)
+        y = self.empty(_output_shape(x.shape, window), x.dtype)
         seen = _pixels_seen(x.shape, window, x.dtype)
 
         def average(n: slice) -> None:
-            y[n] = 0
-            for _, pixels in _places(_pad(x[n], window), window, *y.shape[1:3]):
-                y[n] += pixels
+            padded = _pad(x[n], window)
+            rows = parallel.scratch("rows", (len(padded), y.shape[1], *padded.shape[2:]), x.dtype)
+            _sum(_taps(padded, 1, window.kh, window.sh, y.shape[1]), out=rows)
+            _sum(_taps(rows, 2, window.kw, window.sw, y.shape[2]), out=y[n])
             y[n] /= seen
 
         self._for_images(average, x, 2 * x.nbytes)
@@ -137,11 +142,26 @@ class NumpyBackend:
 
     def avg_pool_backward(self, dy: np.ndarray, x_shape: tuple[int, ...],
                           window: Window) -> np.ndarray:
-        share = dy / _pixels_seen(x_shape, window, dy.dtype)
-        return self._gather(x_shape, window, dy, lambda n, place: share[n])
+        dx = self.empty(x_shape, dy.dtype)
+        seen = _pixels_seen(x_shape, window, dy.dtype)
+
+        def share_out(n: slice) -> None:
+            padded = parallel.scratch("padded", _padded_shape(dx[n].shape, window), dx.dtype)
+            rows = parallel.scratch("rows", (len(padded), dy.shape[1], *padded.shape[2:]), dx.dtype)
+            rows[...] = 0
+            padded[...] = 0
+            share = dy[n] / seen
+            for taps in _taps(rows, 2, window.kw, window.sw, dy.shape[2]):
+                taps += share
+            for taps in _taps(padded, 1, window.kh, window.sh, dy.shape[1]):
+                taps += rows
+            dx[n] = _unpad(padded, x_shape, window)
+
+        self._for_images(share_out, dx, 2 * dx.nbytes)
+        return dx
 
     def dropout(self, x: np.ndarray, rate: float, key: int, stream: int) -> np.ndarray:
-        y = np.empty_like(x)
+        y = self.empty(x.shape, x.dtype)
         flat_x, flat_y = x.reshape(-1), y.reshape(-1)
 
         def drop(block: slice) -> None:
@@ -152,18 +172,13 @@ class NumpyBackend:
         self.for_each(drop, blocks_of(x.size, DROPOUT_BLOCK))
         return y
 
-    def _blocks(self, x: np.ndarray, w: np.ndarray, window: Window) -> list[slice]:
-        """The batch in blocks whose unfolded rows and output take about block_bytes."""
-        _, oh, ow, _ = _output_shape(x.shape, window)
-        return self.blocks(len(x), x[:1].nbytes * window.kw + oh * ow * w.shape[-1] * x.itemsize)
-
     def _gather(self, x_shape: tuple[int, ...], window: Window, dy: np.ndarray,
                 reaching: Callable[[slice, int], np.ndarray]) -> np.ndarray:
         """dx: the sum over all places of what reaches the pixels there.
 
         reaching: images, place -> (n, oh, ow, c), for each output what it sends to that place.
         """
-        dx = np.empty(x_shape, dy.dtype)
+        dx = self.empty(x_shape, dy.dtype)
 
         def gather(n: slice) -> None:
             padded = dx[n] if not _is_padded(window) else \
@@ -205,6 +220,16 @@ def _max_pool(x: np.ndarray, window: Window, y: np.ndarray, mask: np.ndarray) ->
             mask[nothing] = np.broadcast_to(_first_pixels(x.shape, window), y.shape)[nothing]
 
 
+def _sum(terms: list[np.ndarray], out: np.ndarray) -> None:
+    """Write the sum of arrays of one shape to out."""
+    if len(terms) == 1:
+        out[...] = terms[0]
+        return
+    np.add(terms[0], terms[1], out=out)
+    for term in terms[2:]:
+        out += term
+
+
 def _output_shape(x_shape: tuple[int, ...], window: Window) -> tuple[int, int, int, int]:
     n, h, w, c = x_shape
     return (n, *window.out_size(h, w), c)
@@ -241,6 +266,12 @@ def _windows(padded: np.ndarray, window: Window, oh: int, ow: int) -> np.ndarray
         image, window.sh * row, window.sw * pixel, window.dh * row, window.dw * pixel, channel))
 
 
+def _taps(a: np.ndarray, axis: int, taps: int, stride: int, out: int) -> list[np.ndarray]:
+    """For each tap of a window along one axis, the view of a that its `out` outputs meet there."""
+    before = (slice(None),) * axis
+    return [a[(*before, slice(tap, tap + (out - 1) * stride + 1, stride))] for tap in range(taps)]
+
+
 def _places(padded: np.ndarray, window: Window, oh: int, ow: int
             ) -> Iterator[tuple[int, np.ndarray]]:
     """For each place ky * kw + kx of the window, the pixels it meets: a view (n, oh, ow, c)."""
@@ -264,7 +295,9 @@ def _inside_both(x_shape: tuple[int, ...], window: Window) -> tuple[np.ndarray, 
 
 
 def _pixels_seen(x_shape: tuple[int, ...], window: Window, dtype: np.dtype) -> np.ndarray:
-    """How many pixels each window sees, (oh, ow, 1)."""
+    """How many pixels each window sees, (oh, ow, 1), or a scalar where all see the same."""
+    if not _is_padded(window):
+        return np.asarray(window.places, dtype)
     rows, columns = _inside_both(x_shape, window)
     return np.outer(rows.sum(1), columns.sum(1))[:, :, None].astype(dtype)
 

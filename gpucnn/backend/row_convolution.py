@@ -22,7 +22,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from gpucnn.activations import activation_backward
-from gpucnn.backend import parallel
+from gpucnn.backend import Backend, parallel
 from gpucnn.convolution import finish
 from gpucnn.geometry import Window
 from gpucnn.numerics import sum_rows
@@ -51,26 +51,26 @@ def backward_pays(window: Window, groups: int, x_shape: tuple[int, ...], c_out: 
             and pays(window, groups, x_shape, c_out) and pays(back, groups, dz_shape, x_shape[-1]))
 
 
-def conv2d(x: np.ndarray, w: np.ndarray, b: np.ndarray | None, window: Window,
-           activation: str | None, blocks: list[slice]) -> np.ndarray:
-    """As gpucnn.convolution.conv2d without groups; blocks: runs of images."""
-    a = np.empty((len(x), *window.out_size(*x.shape[1:3]), w.shape[-1]), x.dtype)
+def conv2d(backend: Backend, x: np.ndarray, w: np.ndarray, b: np.ndarray | None, window: Window,
+           activation: str | None) -> np.ndarray:
+    """As gpucnn.convolution.conv2d, without groups."""
+    a = backend.empty((len(x), *window.out_size(*x.shape[1:3]), w.shape[-1]), x.dtype)
 
     def convolve(images: slice) -> None:
         _multiply(_unfold(x[images], window), w, window, a[images])
         finish(np, a[images], b, activation)
 
-    parallel.for_each(convolve, blocks)
+    backend.for_each(convolve, blocks(backend, x, a, window))
     return a
 
 
-def conv2d_backward(da: np.ndarray, a: np.ndarray, x: np.ndarray, w: np.ndarray, window: Window,
-                    activation: str | None, input_gradient: bool, blocks: list[slice]
+def conv2d_backward(backend: Backend, da: np.ndarray, a: np.ndarray, x: np.ndarray, w: np.ndarray,
+                    window: Window, activation: str | None, input_gradient: bool
                     ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
-    """As gpucnn.convolution.conv2d_backward without groups; blocks: runs of images."""
+    """As gpucnn.convolution.conv2d_backward, without groups."""
     back = _backward_window(window)
     rotated = np.ascontiguousarray(w[::-1, ::-1].transpose(0, 1, 3, 2))
-    dx = np.empty_like(x) if input_gradient else None
+    dx = backend.empty(x.shape, x.dtype) if input_gradient else None
 
     def add(images: slice, dw: np.ndarray, db: np.ndarray) -> None:
         dz = activation_backward(np, activation, da[images], a[images])
@@ -84,9 +84,14 @@ def conv2d_backward(da: np.ndarray, a: np.ndarray, x: np.ndarray, w: np.ndarray,
             _multiply(_unfold(dz, back), rotated, back, dx[images])
 
     kh, kw, c_in, c_out = w.shape
-    dw, db = parallel.sum_over(add, blocks, [w.reshape(kh, kw * c_in, c_out),
-                                             np.empty(c_out, w.dtype)])
+    dw, db = backend.sum_over(add, blocks(backend, x, a, window),
+                              [w.reshape(kh, kw * c_in, c_out), np.empty(c_out, w.dtype)])
     return dx, dw.reshape(w.shape), db
+
+
+def blocks(backend: Backend, x: np.ndarray, a: np.ndarray, window: Window) -> list[slice]:
+    """The batch in blocks whose unfolded rows and outputs take about block_bytes."""
+    return backend.blocks(len(x), x[:1].nbytes * window.kw + a[:1].nbytes)
 
 
 def _backward_window(window: Window) -> Window:
