@@ -14,6 +14,8 @@ share of c_out, as one matrix product a group.
 """
 from __future__ import annotations
 
+from typing import Any
+
 from gpucnn.activations import activate, activation_backward
 from gpucnn.backend import Array, Backend
 from gpucnn.geometry import Window
@@ -27,6 +29,8 @@ def conv2d(backend: Backend, x: Array, w: Array, b: Array | None, window: Window
     a = backend.empty((len(x), *window.out_size(*x.shape[1:3]), w.shape[-1]), x.dtype)
     filters = _filter_matrices(w, groups)
 
+    bias = repeated(xp, b, a.shape[2])
+
     def convolve(images: slice) -> None:
         cols = _columns(backend, x[images], window)
         z = a[images].reshape(len(cols), -1)
@@ -34,7 +38,7 @@ def conv2d(backend: Backend, x: Array, w: Array, b: Array | None, window: Window
             backend.matmul(cols, filters[0], out=z)
         else:
             z[...] = _join_groups(xp.matmul(_split_columns(cols, window, groups), filters))
-        finish(xp, a[images], b, activation)
+        finish(xp, a[images], bias, activation)
 
     backend.for_each(convolve, _blocks(backend, x, w, window))
     return a
@@ -72,12 +76,16 @@ def conv2d_backward(backend: Backend, da: Array, a: Array, x: Array, w: Array, w
     return dx, xp.ascontiguousarray(dw), db
 
 
-def finish(xp, z: Array, b: Array | None, activation: str | None) -> None:
-    """Z + b, then g, written over z (n, oh, ow, c_out)."""
-    if b is not None:
-        # Whole rows of the image at once: NumPy adds long rows at several times the speed.
-        rows = z.reshape(-1, z.shape[2] * z.shape[3])
-        rows += xp.tile(b, z.shape[2])
+def repeated(xp: Any, b: Array | None, width: int) -> Array | None:
+    """b for each pixel of a row: NumPy adds long rows at several times the speed."""
+    return None if b is None else xp.tile(b, width)
+
+
+def finish(xp: Any, z: Array, bias: Array | None, activation: str | None) -> None:
+    """Z + b, then g, written over z (n, oh, ow, c_out). bias: repeated() for ow pixels."""
+    if bias is not None:
+        rows = z.reshape(-1, len(bias))
+        rows += bias
     activate(xp, activation, z)
 
 

@@ -16,8 +16,8 @@ from numpy.lib.stride_tricks import as_strided
 
 from gpucnn.activations import activation_backward
 from gpucnn.backend import Backend, parallel
-from gpucnn.backend.row_convolution import IN_PLACE, blocks, pad
-from gpucnn.convolution import finish
+from gpucnn.backend.row_convolution import IN_PLACE, Block, band, blocks, pad
+from gpucnn.convolution import finish, repeated
 from gpucnn.geometry import Window
 from gpucnn.numerics import sum_rows
 
@@ -32,12 +32,15 @@ def conv2d(backend: Backend, x: np.ndarray, w: np.ndarray, b: np.ndarray | None,
     """As gpucnn.convolution.conv2d, without groups."""
     a = backend.empty((len(x), *window.out_size(*x.shape[1:3]), w.shape[-1]), x.dtype)
     filters = w.reshape(-1, w.shape[-1])
+    bias = repeated(np, b, a.shape[2])
 
-    def convolve(images: slice) -> None:
-        z = a[images].reshape(-1, w.shape[-1])
-        for taps, rows in _in_place(_unfold(x[images], window), z):
-            np.matmul(taps.transpose(1, 2, 0), filters, out=rows)
-        finish(np, a[images], b, activation)
+    def convolve(block: Block) -> None:
+        images, rows, _ = block
+        source, part = band(window, x.shape[1], rows)
+        z = a[images, rows].reshape(-1, w.shape[-1])
+        for taps, results in _in_place(_unfold(x[images, source], part), z):
+            np.matmul(taps.transpose(1, 2, 0), filters, out=results)
+        finish(np, a[images, rows], bias, activation)
 
     backend.for_each(convolve, blocks(backend, x, a, window))
     return a
@@ -46,12 +49,15 @@ def conv2d(backend: Backend, x: np.ndarray, w: np.ndarray, b: np.ndarray | None,
 def weight_gradient(backend: Backend, da: np.ndarray, a: np.ndarray, x: np.ndarray, w: np.ndarray,
                     window: Window, activation: str | None) -> tuple[np.ndarray, np.ndarray]:
     """dw and db of gpucnn.convolution.conv2d_backward, without groups."""
-    def add(images: slice, dw: np.ndarray, db: np.ndarray) -> None:
-        dz = activation_backward(np, activation, da[images], a[images]).reshape(-1, len(db))
+    def add(block: Block, dw: np.ndarray, db: np.ndarray) -> None:
+        images, rows, _ = block
+        source, part = band(window, x.shape[1], rows)
+        dz = activation_backward(np, activation, da[images, rows], a[images, rows])
+        dz = dz.reshape(-1, len(db))
         db += sum_rows(np, dz)
-        for taps, rows in _in_place(_unfold(x[images], window), dz):
-            products = parallel.scratch("products", (len(rows), *dw.shape), x.dtype)
-            np.matmul(taps.transpose(1, 0, 2), rows, out=products)
+        for taps, errors in _in_place(_unfold(x[images, source], part), dz):
+            products = parallel.scratch("products", (len(errors), *dw.shape), x.dtype)
+            np.matmul(taps.transpose(1, 0, 2), errors, out=products)
             dw += products.sum(axis=0)
 
     dw, db = backend.sum_over(add, blocks(backend, x, a, window),

@@ -200,13 +200,13 @@ class NumpyBackend:
 def _max_pool(x: np.ndarray, window: Window, y: np.ndarray, mask: np.ndarray) -> None:
     """Write the maxima of each window to y and their places to mask."""
     places = [pixels for _, pixels in _places(_pad(x, window, -np.inf), window, *y.shape[1:3])]
-    y[...] = places[0]
-    for pixels in places[1:]:
-        np.maximum(y, pixels, out=y)  # NaN if either is
+    np.maximum(places[0], places[-1], out=y)  # NaN if either is
+    for pixels in places[1:-1]:
+        np.maximum(y, pixels, out=y)
     # The place of the maximum is the number of places before it, none of which equals it.
-    mask[...] = 0
-    smaller = np.ones(y.shape, bool)
-    for pixels in places[:-1]:
+    smaller = places[0] != y
+    mask[...] = smaller
+    for pixels in places[1:-1]:
         smaller &= pixels != y
         mask += smaller
     nan = np.isnan(y)  # equals nothing

@@ -10,9 +10,8 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
 
@@ -42,12 +41,12 @@ def for_each(work: Callable[[Any], None], items: Sequence[Any]) -> None:
 
     Inside of such work, another for_each runs on the thread that it is called from.
     """
-    if _thread.working:
-        for item in items:
-            work(item)
-        return
-    with _blas.one_thread():
-        threads = min(thread_count(), len(items))
+    threads = 1 if _thread.working else min(thread_count(), len(items))
+    with _blas:
+        if threads <= 1:
+            for item in items:
+                work(item)
+            return
         numbers, errors = itertools.count(), np.geterr()  # next() of a count is atomic
 
         def drain() -> None:
@@ -153,8 +152,7 @@ class _Blas:
         self.libraries: list[Any] | None = None
         self.threads_before: list[int] = []
 
-    @contextmanager
-    def one_thread(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         with self.lock:
             self.inside += 1
             if self.inside == 1:
@@ -162,13 +160,12 @@ class _Blas:
                     self.libraries = self._find()
                 self.threads_before = [library.get_num_threads() for library in self.libraries]
                 self._set([1] * len(self.libraries))
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.inside -= 1
-                if not self.inside:
-                    self._set(self.threads_before)
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self._set(self.threads_before)
 
     def _find(self) -> list[Any]:
         from threadpoolctl import ThreadpoolController
@@ -178,8 +175,9 @@ class _Blas:
         return controller.select(user_api="blas").lib_controllers
 
     def _set(self, threads: list[int]) -> None:
-        for library, number in zip(self.libraries or [], threads):
-            library.set_num_threads(number)
+        for library, before, number in zip(self.libraries or [], self.threads_before, threads):
+            if before != 1:
+                library.set_num_threads(number)
 
 
 _thread, _pool, _blas = _Thread(), _Pool(), _Blas()

@@ -23,7 +23,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from gpucnn.activations import activation_backward
 from gpucnn.backend import Backend, parallel
-from gpucnn.convolution import finish
+from gpucnn.convolution import finish, repeated
 from gpucnn.geometry import Window
 from gpucnn.numerics import sum_rows
 
@@ -31,6 +31,8 @@ from gpucnn.numerics import sum_rows
 # of its own (its small matrix kernels for AVX-512; 90 against 112 GFLOP/s a core for the sizes at
 # hand). Other BLAS libraries lose nothing by it.
 IN_PLACE = 10**6
+
+Block = tuple[slice, slice, slice]  # images, rows of the output, rows of the input
 
 
 def pays(window: Window, groups: int, x_shape: tuple[int, ...], c_out: int) -> bool:
@@ -55,10 +57,13 @@ def conv2d(backend: Backend, x: np.ndarray, w: np.ndarray, b: np.ndarray | None,
            activation: str | None) -> np.ndarray:
     """As gpucnn.convolution.conv2d, without groups."""
     a = backend.empty((len(x), *window.out_size(*x.shape[1:3]), w.shape[-1]), x.dtype)
+    bias = repeated(np, b, a.shape[2])
 
-    def convolve(images: slice) -> None:
-        _multiply(_unfold(x[images], window), w, window, a[images])
-        finish(np, a[images], b, activation)
+    def convolve(block: Block) -> None:
+        images, rows, _ = block
+        source, part = band(window, x.shape[1], rows)
+        _multiply(_unfold(x[images, source], part), w, part, a[images, rows])
+        finish(np, a[images, rows], bias, activation)
 
     backend.for_each(convolve, blocks(backend, x, a, window))
     return a
@@ -72,16 +77,22 @@ def conv2d_backward(backend: Backend, da: np.ndarray, a: np.ndarray, x: np.ndarr
     rotated = np.ascontiguousarray(w[::-1, ::-1].transpose(0, 1, 3, 2))
     dx = backend.empty(x.shape, x.dtype) if input_gradient else None
 
-    def add(images: slice, dw: np.ndarray, db: np.ndarray) -> None:
-        dz = activation_backward(np, activation, da[images], a[images])
+    def add(block: Block, dw: np.ndarray, db: np.ndarray) -> None:
+        images, rows, x_rows = block
+        dz = activation_backward(np, activation, da[images, rows], a[images, rows])
         db += sum_rows(np, dz.reshape(-1, dz.shape[-1]))
-        for dw_row, cols in zip(dw, _rows_under(_unfold(x[images], window), window, dz.shape[1])):
-            for taps, errors in _in_place(cols, dz, least_pixels=64):
+        source, part = band(window, x.shape[1], rows)
+        cols = _unfold(x[images, source], part)
+        for dw_row, cols_row in zip(dw, _rows_under(cols, part, dz.shape[1])):
+            for taps, errors in _in_place(cols_row, dz, least_pixels=64):
                 products = parallel.scratch("products", (*taps.shape[:2], *dw_row.shape), x.dtype)
                 np.matmul(taps.transpose(0, 1, 3, 2), errors, out=products)
                 dw_row += products.sum(axis=(0, 1))
         if dx is not None:
-            _multiply(_unfold(dz, back), rotated, back, dx[images])
+            source, part = band(back, a.shape[1], x_rows)
+            if source != rows:
+                dz = activation_backward(np, activation, da[images, source], a[images, source])
+            _multiply(_unfold(dz, part), rotated, part, dx[images, x_rows])
 
     kh, kw, c_in, c_out = w.shape
     dw, db = backend.sum_over(add, blocks(backend, x, a, window),
@@ -89,9 +100,33 @@ def conv2d_backward(backend: Backend, da: np.ndarray, a: np.ndarray, x: np.ndarr
     return dx, dw.reshape(w.shape), db
 
 
-def blocks(backend: Backend, x: np.ndarray, a: np.ndarray, window: Window) -> list[slice]:
-    """The batch in blocks whose unfolded rows and outputs take about block_bytes."""
-    return backend.blocks(len(x), x[:1].nbytes * window.kw + a[:1].nbytes)
+def blocks(backend: Backend, x: np.ndarray, a: np.ndarray, window: Window) -> list[Block]:
+    """Runs of images whose unfolded rows and outputs take about block_bytes, or bands of one."""
+    image_bytes = x[:1].nbytes * window.kw + a[:1].nbytes
+    bands = min(-(-image_bytes // backend.block_bytes), a.shape[1])
+    if bands <= 1:
+        return [(images, slice(0, a.shape[1]), slice(0, x.shape[1]))
+                for images in backend.blocks(len(x), image_bytes)]
+    return [(slice(n, n + 1), _share(a.shape[1], k, bands), _share(x.shape[1], k, bands))
+            for n in range(len(x)) for k in range(bands)]
+
+
+def _share(size: int, k: int, count: int) -> slice:
+    """The k-th of `count` about equal runs of range(size)."""
+    return slice(size * k // count, size * (k + 1) // count)
+
+
+def band(window: Window, h: int, rows: slice) -> tuple[slice, Window]:
+    """The rows of an image of height h that the windows of some output rows meet.
+
+    Returned with the window as it stands over an image of those rows alone.
+    """
+    first = rows.start * window.sh - window.top
+    last = (rows.stop - 1) * window.sh - window.top + window.effective[0]
+    start, stop = (min(max(row, 0), h) for row in (first, last))
+    padding = last - first - (stop - start)
+    top = min(max(start - first, 0), padding)
+    return slice(start, stop), window._replace(top=top, bottom=padding - top)
 
 
 def _backward_window(window: Window) -> Window:

@@ -36,6 +36,7 @@ class Conv2D(Layer):
         self.groups = groups
         self.activation = activation
         self.bias = bias
+        self._windows: dict[tuple[int, int], Window] = {}  # by the height and width of the input
         activations.check_name(self.where, activation)
 
     def declare(self, input_shape: Shape) -> Shape:
@@ -77,5 +78,9 @@ class Conv2D(Layer):
         return math.prod(self.output_shape[:2]) * self.w.size
 
     def _window(self, x_shape: Shape) -> Window:
-        return make_window(self.where, self.kernel_size, self.stride, self.padding, self.dilation,
-                           (x_shape[1], x_shape[2]), size_name="kernel_size")
+        size = x_shape[1], x_shape[2]
+        if size not in self._windows:
+            self._windows[size] = make_window(self.where, self.kernel_size, self.stride,
+                                              self.padding, self.dilation, size,
+                                              size_name="kernel_size")
+        return self._windows[size]
