@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 _MOST_SHARES = 32            # of a sum: more would not keep more cores busy, but need more memory
-_SHARES_BYTES = 32 << 20     # that all shares of a sum may take
+_SHARES_BYTES = 64 << 20     # that all shares of a sum may take
 
 
 def thread_count() -> int:

@@ -31,6 +31,7 @@ from gpucnn.numerics import sum_rows
 # of its own (its small matrix kernels for AVX-512; 90 against 112 GFLOP/s a core for the sizes at
 # hand). Other BLAS libraries lose nothing by it.
 IN_PLACE = 10**6
+LEAST_ROW = 16  # numbers in a row of taps: with fewer, im2col is as fast
 
 Block = tuple[slice, slice, slice]  # images, rows of the output, rows of the input
 
@@ -39,7 +40,7 @@ def pays(window: Window, groups: int, x_shape: tuple[int, ...], c_out: int) -> b
     """Whether conv2d() here is the faster way: rows of taps wide enough, products small enough."""
     row = window.kw * x_shape[-1]
     _, ow = window.out_size(*x_shape[1:3])
-    return groups == 1 and window.kh > 1 and row >= 16 and ow * row * c_out <= IN_PLACE
+    return groups == 1 and window.kh > 1 and row >= LEAST_ROW and ow * row * c_out <= IN_PLACE
 
 
 def backward_pays(window: Window, groups: int, x_shape: tuple[int, ...], c_out: int,
