@@ -16,7 +16,7 @@ from gpucnn.layers import (
     ReLU,
     Sequential,
 )
-from gpucnn.training import train_step
+from gpucnn.training import evaluate, predict, train_step
 from tests.conftest import needs_cupy
 
 X = np.random.default_rng(0).standard_normal((2, 6, 5, 3)).astype(np.float32)
@@ -47,12 +47,25 @@ def refuses(kind, message):
 # ---------------------------------------------------------------------------------------- arrays
 
 
+def through_training(x, **options):
+    """The calls that take images for a whole model, each made with x."""
+    model = Sequential([conv(**options), GlobalAvgPool2D()], name="net")
+    model.build((6, 5, 3))
+    return (lambda: train_step(model, losses.SoftmaxCrossEntropy(), optim.Adam(model), x, [0, 1]),
+            lambda: evaluate(model, [(x, [0, 1])]), lambda: predict(model, x))
+
+
 def test_row_1_float64_into_a_float32_layer():
     y = conv().forward(X.astype(np.float64))
     assert y.dtype == np.float32
     with refuses(TypeError, "Conv2D 'c1': input is float64, layer is float32; cast with "
                             "x.astype('float32')"):
         conv(strict_dtype=True).forward(X.astype(np.float64))
+    for call in through_training(X.astype(np.float64)):
+        call()
+    for call in through_training(X.astype(np.float64), strict_dtype=True):
+        with refuses(TypeError, "Conv2D 'net/c1': input is float64, layer is float32; cast with"):
+            call()
     with refuses(TypeError, "conv2d: x is float64, w is float32; cast one of them"):
         ops.conv2d(X.astype(np.float64), W)
 
@@ -75,6 +88,9 @@ def test_dtypes(dtype, message):
     for call in (lambda: ops.conv2d(bad, W), lambda: ops.max_pool2d(bad, 2),
                  lambda: ops.avg_pool2d(bad, 2), lambda: ops.im2col(bad, 2)):
         with refuses(TypeError, message.format("x")):
+            call()
+    for call in through_training(bad):
+        with refuses(TypeError, message.format("input")):
             call()
 
 
@@ -152,6 +168,9 @@ def test_rows_6_and_7_views_into_a_layer(name):
 def test_row_8_other_kinds_of_arrays():
     with refuses(TypeError, "input is numpy.ma.MaskedArray; fill the mask first with x.filled(0)"):
         conv().forward(np.ma.masked_array(X))
+    for call in through_training(np.ma.masked_array(X)):
+        with refuses(TypeError, "Sequential 'net': input is numpy.ma.MaskedArray; fill the mask"):
+            call()
     with refuses(TypeError, "x is numpy.matrix; use numpy.asarray(x)"):
         ops.conv2d(np.asmatrix(np.ones((2, 2))), W)
     with refuses(TypeError, "x is a dict; use a NumPy or CuPy array"):

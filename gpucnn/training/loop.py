@@ -11,6 +11,7 @@ from gpucnn.errors import DataError, TrainingError
 from gpucnn.layers import Layer
 from gpucnn.losses import SoftmaxCrossEntropy
 from gpucnn.numerics import log_softmax
+from gpucnn.ops import as_array
 from gpucnn.optim import Optimizer
 
 Loss = Callable[[Array, Array], tuple[Array, Array]]
@@ -21,18 +22,17 @@ def train_step(model: Layer, loss: Loss, optimizer: Optimizer, x: Any, t: Any, *
                clip_norm: float | None = None) -> tuple[float, int]:
     """Forward, backward and update on one batch.
 
-    x: (n, h, w, c) images, t: (n,) labels; host arrays are moved to the model's backend.
+    x: (n, h, w, c) images, moved to the model's backend if they come from the host.
+    t: (n,) labels, as the loss takes them; those of gpucnn.losses take them from the host too.
     clip_norm: None, or the largest norm that all gradients together may have.
 
     Returns (mean loss, how many of the n were classified right before the update). The update is
     left out where the loss is not finite: the caller decides what then (check_finite).
     """
-    backend = model.backend
-    t = backend.asarray(t)
     with np.errstate(over="ignore", invalid="ignore"):  # the loss shows it
-        logits = model.forward(backend.asarray(x, model.dtype), training=True)
+        logits = model.forward(_receive(model, x), training=True)
         value, dlogits = loss(logits, t)
-    hits = int((logits.argmax(axis=1) == t).sum())
+    hits = int((logits.argmax(axis=1) == model.backend.asarray(t)).sum())
     if not np.isfinite(float(value)):
         return float(value), hits
     model.backward_parameters(dlogits)
@@ -75,7 +75,7 @@ def evaluate(model: Layer, batches: Batches) -> Evaluation:
     for x, t in batches:
         if not len(t):
             continue
-        logits = model.forward(model.backend.asarray(x, model.dtype))
+        logits = model.forward(_receive(model, x))
         value, _ = loss(logits, t)
         total += float(value) * len(t)
         labels.append(np.asarray(t))
@@ -91,11 +91,21 @@ def predict(model: Layer, x: np.ndarray, names: list[str] | None = None) -> np.n
 
     names: how to call the images in a message. Raises ValueError for an image that holds NaN.
     """
+    x = as_array(model.where, "input", x)
     for i, image in enumerate(x):
         wrong = int(np.isnan(image).sum())
         if wrong:
             name = f" ({names[i]})" if names else ""
             raise ValueError(f"image {i}{name} holds {wrong} NaN values")
     backend = model.backend
-    logits = model.forward(backend.asarray(x, model.dtype))
+    logits = model.forward(_receive(model, x))
     return backend.to_numpy(backend.xp.exp(log_softmax(backend.xp, logits)))
+
+
+def _receive(model: Layer, x: Any) -> Array:
+    """x on the model's backend, where it comes from the host and is what a layer takes.
+
+    Its dtype stays: the first layer casts it or refuses it (strict_dtype).
+    """
+    x = as_array(model.where, "input", x)
+    return model.backend.asarray(x) if isinstance(x, np.ndarray) else x
