@@ -127,21 +127,34 @@ def _filter_gradient(dz: Array, a: Array, w_shape: tuple[int, ...], window: Wind
 
 def _input_gradient(dz: Array, a_shape: tuple[int, ...], w: Array, window: Window,
                     groups: int) -> Array:
-    """dA = dZ (full conv) rot180(W): convolve so far out that one corner pixel still overlaps.
+    """dA = dZ (full conv) rot180(W), as the sum dA += sum_m sum_n W dZ[m, n]: conv2d mirrored.
 
-    A stride left pixels out, so zeros stand in their places between the elements of dZ. The
-    filters become (kh, kw, c_out / groups, c_in): what was an input channel is now a filter.
+    What the filter took from a patch at [m, n] goes back there. `full_convolution` gives the same,
+    but the zeros that it needs around dZ and inside would turn a weight of NaN into more NaN.
     """
-    (n, oh, ow, c_out), (_, h, width, c_in) = dz.shape, a_shape
-    between = np.zeros((n, (oh - 1) * window.sh + 1, (ow - 1) * window.sw + 1, c_out))
-    between[:, ::window.sh, ::window.sw] = dz
-    turned = np.concatenate([v.swapaxes(2, 3) for v in np.split(rot180(w), groups, axis=3)], axis=3)
-    eh, ew = window.effective
-    full = conv2d(between, turned, padding=(eh - 1, ew - 1), dilation=(window.dh, window.dw),
-                  groups=groups)
+    n, h, width, c_in = a_shape
+    kh, kw, depth, c_out = w.shape
     padded = np.zeros((n, h + window.top + window.bottom, width + window.left + window.right, c_in))
-    padded[:, :full.shape[1], :full.shape[2]] = full     # no window reached what a stride left over
+    for i, m, k, o in np.ndindex(*dz.shape):
+        first = o // (c_out // groups) * depth
+        padded[i, _under(m, window.sh, kh, window.dh), _under(k, window.sw, kw, window.dw),
+               first:first + depth] += w[..., o] * dz[i, m, k, o]
     return padded[:, window.top:window.top + h, window.left:window.left + width]
+
+
+def full_convolution(dz: Any, w: Any, *, stride: int = 1) -> Array:
+    """dZ (full conv) rot180(W): convolve so far out that one corner pixel still overlaps.
+
+    dz: (n, oh, ow, n_f); w: (f, f, c, n_f). Returns dA of all pixels that a filter saw, padding
+    included: (n, (oh - 1) stride + f, (ow - 1) stride + f, c). A stride left pixels out, so zeros
+    stand in their places between the elements of dZ. The filters become (f, f, n_f, c): what was
+    an input channel is now a filter.
+    """
+    dz, w = _float64(dz), _float64(w)
+    n, oh, ow, c_out = dz.shape
+    between = np.zeros((n, (oh - 1) * stride + 1, (ow - 1) * stride + 1, c_out))
+    between[:, ::stride, ::stride] = dz
+    return conv2d(between, rot180(w).swapaxes(2, 3), padding=(w.shape[0] - 1, w.shape[1] - 1))
 
 
 def zero_pad(a: Array, window: Window) -> Array:

@@ -73,6 +73,18 @@ def test_the_cases_are_as_varied_as_they_should_be():
         assert not too_few, (op, too_few)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # infinity times the zeros of the padding
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite_stays_with_the_pixels_that_it_saw(value, backend, rng):
+    """Where rows of taps are long enough for the CPU to compute dx as a full convolution."""
+    shapes = {"x": (2, 6, 5, 8), "w": (3, 3, 8, 8), "b": (8,), "dy": (2, 6, 5, 8)}
+    arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    arrays["w"][0, 2, 1, 3] = value
+    case = cases.Case("conv", 0, np.dtype(float), "normal", arrays,
+                      {"stride": 1, "padding": 1, "dilation": 1, "groups": 1})
+    cases.judge(case, cases.expected_conv(case), backend)
+
+
 @pytest.mark.parametrize("places", [255, 256])
 def test_mask_of_a_window_too_large_for_a_byte(places, backend):
     x = np.zeros((1, 1, places, 4), np.float32)

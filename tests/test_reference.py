@@ -195,6 +195,24 @@ def test_the_layers_gradients_are_its_slopes(activation, rng):
         assert slope == pytest.approx(float(np.sum(gradient * direction)), rel=1e-7)
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_the_input_gradient_is_the_full_convolution_with_the_rotated_filter(stride, rng):
+    a, w = rng.standard_normal((2, 8, 9, 2)), rng.standard_normal((3, 2, 2, 3))
+    dz = rng.standard_normal(reference.conv2d(a, w, stride=stride).shape)
+    da, _, _ = reference.conv2d_backward(dz, a, w, stride=stride)
+    full = reference.full_convolution(dz, w, stride=stride)
+    seen = da[:, :full.shape[1], :full.shape[2]]
+    np.testing.assert_allclose(seen, full, rtol=1e-12, atol=1e-12)
+    seen[...] = 0
+    assert not da.any()                                  # no filter saw what the stride left over
+
+
+def test_a_weight_of_nan_reaches_the_pixels_that_it_saw_and_no_others():
+    w = np.array([[1., np.nan]])[:, :, None, None]       # 1 x 2
+    da, _, _ = reference.conv2d_backward(grey([[1, 2]]), grey([[0, 0, 0, 0]]), w, stride=2)
+    np.testing.assert_array_equal(da, grey([[1, np.nan, 2, np.nan]]))
+
+
 def test_convolution_is_the_matrix_product_over_im2col(rng):
     x, w = rng.standard_normal((2, 5, 4, 3)), rng.standard_normal((3, 2, 3, 4))
     geometry = {"stride": 2, "padding": ((1, 0), (0, 2)), "dilation": (1, 2)}

@@ -85,7 +85,10 @@ class NumpyBackend:
                         window: Window, groups: int, activation: str | None,
                         input_gradient: bool = True
                         ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
-        if row_convolution.backward_pays(window, groups, x.shape, w.shape[-1], input_gradient):
+        # A full convolution multiplies filters with zeros around dZ: NaN for a weight that is not
+        # finite, at pixels that it never saw.
+        if (row_convolution.backward_pays(window, groups, x.shape, w.shape[-1], input_gradient)
+                and np.isfinite(w).all()):
             return row_convolution.conv2d_backward(self, da, a, x, w, window, activation,
                                                    input_gradient)
         if not input_gradient and narrow_convolution.pays(window, groups, x.shape):
