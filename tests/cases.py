@@ -22,6 +22,7 @@ import pytest
 from gpucnn import ops, reference
 
 CHUNK = 25
+STRIDES = [1, 1, 2, 3]
 Arrays = dict[str, np.ndarray]
 
 
@@ -112,15 +113,19 @@ def _gamma(terms: int, dtype: np.dtype) -> float:
 # ---- convolution ---------------------------------------------------------------------------------
 
 def conv_case(seed: int) -> Case:
-    """x, w, b, dy of a conv2d with a random geometry; half of them grouped, some depthwise."""
+    """x, w, b, dy of a conv2d with a random geometry; half of them grouped, some depthwise.
+
+    Where values are NaN, so may be one weight and one bias.
+    """
     rng = np.random.default_rng([seed, 1])
     dtype, values = _random_kind(rng)
     groups = int(rng.choice([1, 1, 1, 2, 3, 4]))
     depth, per_group = rng.choice([1, 1, 2, 3, 4], 2)
-    if rng.random() < 0.1:
-        depth = per_group = 4                            # 16 bytes a pixel in float32
+    wide = rng.random() < 0.15                           # 16 bytes a pixel, long rows of taps
+    if wide:
+        groups, (depth, per_group) = 1, rng.choice([4, 8], 2)
     n, h, width = _random_batch(rng)
-    kernel, options = _random_window(rng, h, width, pool=False)
+    kernel, options = _random_window(rng, h, width, pool=False, strides=[1] if wide else STRIDES)
     oh, ow = output_size(h, width, kernel, **options)
     arrays = {
         "x": _random_array(rng, (n, h, width, depth * groups), dtype, values),
@@ -128,6 +133,9 @@ def conv_case(seed: int) -> Case:
         "b": _random_array(rng, (per_group * groups,), dtype, "normal"),
         "dy": _random_array(rng, (n, oh, ow, per_group * groups), dtype, values),
     }
+    for name in ("w", "b"):
+        if values == "nan" and rng.random() < 0.5:
+            arrays[name].flat[rng.integers(arrays[name].size)] = np.nan
     if rng.random() < 0.2:
         del arrays["b"]
     activation = rng.choice([None, None, "relu", "leaky_relu", "sigmoid", "tanh"])
@@ -162,7 +170,7 @@ def expected_conv(case: Case) -> Expected:
 # ---- pooling -------------------------------------------------------------------------------------
 
 def max_pool_case(seed: int) -> Case:
-    """x, dy of a max_pool2d. Small integers tie; a few NaN and infinities come along."""
+    """x, dy of a max_pool2d. Small integers tie; a few NaN, and in x infinities, come along."""
     rng = np.random.default_rng([seed, 2])
     dtype, values = _random_kind(rng, ("normal", "ties", "ties", "nan", "infinite"))
     return _pool_case("max_pool", rng, seed, dtype, values)
@@ -184,7 +192,8 @@ def _pool_case(op: str, rng: np.random.Generator, seed: int, dtype: np.dtype, va
     size, options = _random_window(rng, h, width, pool=True, dilation=dilation)
     oh, ow = output_size(h, width, size, **options)
     arrays = {"x": _random_array(rng, (n, h, width, c), dtype, values),
-              "dy": _random_array(rng, (n, oh, ow, c), dtype, "normal")}
+              "dy": _random_array(rng, (n, oh, ow, c), dtype,
+                                  "nan" if values == "nan" else "normal")}
     if pair(options["stride"]) == size:
         options["stride"] = None                         # which means the same
     return Case(op, seed, dtype, values, arrays, {"size": size, **options})
@@ -297,17 +306,17 @@ class Judged(NamedTuple):
 
 
 OPS = {
-    "conv": Judged(conv_case, run_conv, expected_conv, 300),
-    "max_pool": Judged(max_pool_case, run_max_pool, expected_max_pool, 300),
-    "avg_pool": Judged(avg_pool_case, run_avg_pool, expected_avg_pool, 200),
-    "columns": Judged(columns_case, run_columns, expected_columns, 150),
-    "loss": Judged(loss_case, run_loss, expected_loss, 150),
+    "conv": Judged(conv_case, run_conv, expected_conv, 600),
+    "max_pool": Judged(max_pool_case, run_max_pool, expected_max_pool, 600),
+    "avg_pool": Judged(avg_pool_case, run_avg_pool, expected_avg_pool, 400),
+    "columns": Judged(columns_case, run_columns, expected_columns, 250),
+    "loss": Judged(loss_case, run_loss, expected_loss, 250),
 }
 
 
 def judge(case: Case, expected: Expected, backend: Any) -> None:
     """Run the case on the backend; it must give what is expected and write none of its inputs."""
-    arrays = {name: backend.asarray(a) for name, a in case.arrays.items()}
+    arrays = {name: _laid_out(backend, a, case.seed) for name, a in case.arrays.items()}
     results = OPS[case.op].run(case, arrays)
     for name, result in results.items():
         assert type(result).__module__.split(".")[0] == backend.name, f"{name}: {type(result)}"
@@ -315,6 +324,12 @@ def judge(case: Case, expected: Expected, backend: Any) -> None:
                   expected, case.dtype)
     for name, a in case.arrays.items():
         assert backend.to_numpy(arrays[name]).tobytes() == a.tobytes(), f"{name} was written"
+
+
+def _laid_out(backend: Any, a: np.ndarray, seed: int) -> Any:
+    """a on the backend: as it is, or a view of memory that runs backwards or is transposed."""
+    turn = (lambda v: v, lambda v: v[::-1], lambda v: v.T)[seed % 3]  # each undoes itself
+    return turn(backend.asarray(np.ascontiguousarray(turn(a))))
 
 
 # ---- random pieces -------------------------------------------------------------------------------
@@ -359,7 +374,7 @@ def _random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dt
                   ) -> np.ndarray:
     a = rng.integers(-2, 3, shape) if values == "ties" else rng.standard_normal(shape)
     a = np.asarray(a, dtype)
-    if values == "nan":
+    if values == "nan" and rng.random() < 0.6:           # else the NaN is in another array
         a[rng.random(shape) < 0.05] = np.nan
     if values == "infinite":
         a[rng.random(shape) < 0.3] = -np.inf
@@ -368,14 +383,14 @@ def _random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dt
     return a
 
 
-def _random_window(rng: np.random.Generator, h: int, w: int, *, pool: bool, dilation: bool = True
-                   ) -> tuple[tuple[int, int], dict[str, Any]]:
+def _random_window(rng: np.random.Generator, h: int, w: int, *, pool: bool, dilation: bool = True,
+                   strides: list[int] = STRIDES) -> tuple[tuple[int, int], dict[str, Any]]:
     """A size, and a stride, padding and dilation with which it fits an image of h x w."""
     while True:
         size = tuple(int(k) for k in rng.integers(1, 5, 2))
         if rng.random() < 0.3:
             size = size[0], size[0]
-        options = {"stride": _int_or_pair(rng, [1, 1, 2, 3]),
+        options = {"stride": _int_or_pair(rng, strides),
                    "padding": _random_padding(rng),
                    "dilation": _int_or_pair(rng, [1, 1, 1, 2, 3]) if dilation else 1}
         pads = pad_pixels(h, w, size, **options)

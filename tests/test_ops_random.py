@@ -30,7 +30,10 @@ def test_equals_torch(op, seeds, backend, monkeypatch):
 def test_the_cases_are_as_varied_as_they_should_be():
     made = {op: [judged.make(seed) for seed in range(judged.count)]
             for op, judged in cases.OPS.items()}
-    assert sum(map(len, made.values())) >= 1000  # a backend
+    distinct = {op: len({(str(c._replace(seed=0)), *(a.tobytes() for a in c.arrays.values()))
+                         for c in some}) for op, some in made.items()}
+    assert distinct == {"conv": 600, "max_pool": 600, "avg_pool": 400, "columns": 250, "loss": 250}
+    assert sum(distinct.values()) >= 2000                # on each backend, for each of two judges
     for op in ("conv", "max_pool", "avg_pool", "columns"):
         some = made[op]
         size = [c.arrays["w"].shape[:2] if op == "conv" else c.options["size"] for c in some]
@@ -56,7 +59,10 @@ def test_the_cases_are_as_varied_as_they_should_be():
                              for x, p, s, g in zip(shape, pads, size, geometry)),
             "overlap": sum(max(o) > 1 and max(cases.pair(g["stride"])) < max(s)
                            for o, g, s in zip(stops, geometry, size)),
-            "NaN": sum(bool(np.isnan(c.arrays["x"]).any()) for c in some),
+            **{f"NaN in {name}": sum(name in c.arrays and bool(np.isnan(c.arrays[name]).any())
+                                     for c in some)
+               for name in {name for c in some for name in c.arrays}},
+            "seen backwards or transposed": sum(c.seed % 3 > 0 for c in some),
             "ties": sum(c.values == "ties" for c in some),
             **{str(t): sum(c.dtype == t for c in some) for t in ("float16", "float32", "float64")},
         }
@@ -66,6 +72,10 @@ def test_the_cases_are_as_varied_as_they_should_be():
             wanted["groups"] = sum(c.options["groups"] > 1 for c in some)
             wanted["depthwise"] = sum(c.options["groups"] == c.arrays["x"].shape[3] > 1
                                       for c in some)
+            wanted["rows of taps"] = sum(
+                max(cases.pair(c.options["stride"])) == c.options["groups"] == 1 < k[0]
+                and k[1] * min(x[3], c.arrays["w"].shape[3]) >= 16
+                for c, k, x in zip(some, size, shape))
             wanted["no bias"] = sum("b" not in c.arrays for c in some)
             wanted |= {str(g): sum(c.activation == g for c in some)
                        for g in (None, "relu", "leaky_relu", "sigmoid", "tanh")}

@@ -20,30 +20,33 @@ ACTIVATIONS = {None: lambda z: z, "relu": F.relu, "leaky_relu": F.leaky_relu,
                "sigmoid": torch.sigmoid, "tanh": torch.tanh}
 
 
-def conv(case: Case) -> Arrays:
+def conv(case: Case, *, layer: bool = False) -> Arrays:
+    """layer: whether dy is the derivative after the activation, as in Conv2D, or before it."""
     x, w = _leaf(_nchw(case.arrays["x"])), _leaf(case.arrays["w"].transpose(3, 2, 0, 1))
     b = _leaf(case.arrays["b"] if "b" in case.arrays else np.zeros(len(w)))
     o = case.options
     z = F.conv2d(_pad(x, case, 0), w, b, o["stride"], 0, o["dilation"], o["groups"])
-    z.backward(_tensor(_nchw(case.arrays["dy"])))
-    return {"y": _nhwc(ACTIVATIONS[case.activation](z)), "dx": _nhwc(x.grad),
+    y = ACTIVATIONS[case.activation](z)
+    (y if layer else z).backward(_tensor(_nchw(case.arrays["dy"])))
+    return {"y": _nhwc(y), "dx": _nhwc(x.grad),
             "dw": w.grad.numpy().transpose(2, 3, 1, 0), "db": b.grad.numpy()}
 
 
 def max_pool(case: Case) -> Arrays:
-    """y alone where NaN or infinities are about: torch takes the last NaN, and would take the
-    padding for the maximum of a window of minus infinities."""
-    x = _leaf(_nchw(case.arrays["x"]))
-    padded, (kh, kw) = _pad(x, case, -np.inf), cases.pair(case.options["size"])
-    (sh, sw), (dh, dw) = _stride(case), cases.pair(case.options["dilation"])
-    y, index = F.max_pool2d(padded, (kh, kw), (sh, sw), 0, (dh, dw), return_indices=True)
-    if case.values in ("nan", "infinite"):
-        return {"y": _nhwc(y)}
-    y.backward(_tensor(_nchw(case.arrays["dy"])))
+    """The mask and dx are those of numbers in the same order: torch would take the last NaN, and
+    the padding for the maximum of a window of minus infinities."""
+    x = _tensor(_nchw(case.arrays["x"]))
+    ordered = x.nan_to_num(nan=3e38, posinf=2e38, neginf=-2e38).requires_grad_()
+    (kh, kw), (sh, sw), (dh, dw) = (cases.pair(case.options["size"]), _stride(case),
+                                    cases.pair(case.options["dilation"]))
+    y = F.max_pool2d(_pad(x, case, -np.inf), (kh, kw), (sh, sw), 0, (dh, dw))
+    padded = _pad(ordered, case, -np.inf)
+    largest, index = F.max_pool2d(padded, (kh, kw), (sh, sw), 0, (dh, dw), return_indices=True)
+    largest.backward(_tensor(_nchw(case.arrays["dy"])))
     oh, ow = y.shape[2:]
     ky = (index // padded.shape[3] - torch.arange(oh)[:, None] * sh) // dh
     kx = (index % padded.shape[3] - torch.arange(ow) * sw) // dw
-    return {"y": _nhwc(y), "mask": _nhwc(ky * kw + kx), "dx": _nhwc(x.grad)}
+    return {"y": _nhwc(y), "mask": _nhwc(ky * kw + kx), "dx": _nhwc(ordered.grad)}
 
 
 def avg_pool(case: Case) -> Arrays:
