@@ -59,7 +59,7 @@ def runs(share: int = 1, ops: tuple[str, ...] = ()) -> list[Any]:
 
 
 @contextmanager
-def named(case: Case) -> Iterator[None]:
+def named(case: object) -> Iterator[None]:
     """Put the case in front of whatever goes wrong inside the block."""
     try:
         yield

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from gpucnn import rng
+from gpucnn.layers import Layer
 from tests import cases
 from tests.cases import Arrays, Case
 
@@ -83,11 +85,87 @@ def loss(case: Case) -> Arrays:
     return {"loss": mean.detach().numpy(), "dlogits": logits.grad.numpy()}
 
 
+def layer(part: Layer, x: torch.Tensor, p: dict[str, torch.Tensor], at: str = "") -> torch.Tensor:
+    """What a layer makes of x in training; p: its parameters by path, of which its own begin with
+    `at`."""
+    return _LAYERS[type(part).__name__](part, x, p, at)
+
+
+def _conv_layer(part, x, p, at):
+    padded = _pad_layer(part, part.kernel_size, x)
+    w = p[at + "w"].permute(3, 2, 0, 1).contiguous()
+    z = F.conv2d(padded, w, p.get(at + "b"), part.stride, 0, part.dilation, part.groups)
+    return ACTIVATIONS[part.activation](z).permute(0, 2, 3, 1)
+
+
+def _avg_pool_layer(part, x, p, at):
+    total, seen = (F.avg_pool2d(_pad_layer(part, part.size, v), part.size, part.stride,
+                                divisor_override=1) for v in (x, torch.ones_like(x)))
+    return (total / seen).permute(0, 2, 3, 1)
+
+
+def _dense_layer(part, x, p, at):
+    z = x @ p[at + "w"]
+    return ACTIVATIONS[part.activation](z + p[at + "b"] if part.bias else z)
+
+
+def _batch_norm_layer(part, x, p, at):
+    return F.batch_norm(x.movedim(-1, 1), None, None, p[at + "gamma"], p[at + "beta"],
+                        training=True, eps=part.epsilon).movedim(1, -1)
+
+
+def _dropout_layer(part, x, p, at):
+    """What is dropped is 0, whatever it was; the mask is that of the layer's first step."""
+    words = rng.random_words(x.numel(), part.key).reshape(x.shape)
+    kept = torch.tensor(words >= rng.drop_threshold(part.rate))
+    return torch.where(kept, x / (1 - part.rate), torch.zeros(()))
+
+
+def _sequential(part, x, p, at):
+    for name, child in part.children().items():
+        x = layer(child, x, p, f"{at}{name}/")
+    return x
+
+
+def _residual(part, x, p, at):
+    shortcut = layer(part.shortcut, x, p, at + "shortcut/") if part.shortcut else x
+    return layer(part.body, x, p, at + "body/") + shortcut
+
+
+def _concat(part, x, p, at):
+    return torch.cat([layer(child, x, p, f"{at}{name}/")
+                      for name, child in part.children().items()], -1)
+
+
+_LAYERS = {
+    "Conv2D": _conv_layer, "AvgPool2D": _avg_pool_layer, "Dense": _dense_layer,
+    "BatchNorm": _batch_norm_layer, "Dropout": _dropout_layer, "Sequential": _sequential,
+    "Residual": _residual, "Concat": _concat,
+    "GlobalAvgPool2D": lambda part, x, p, at: x.mean((1, 2)),
+    "Flatten": lambda part, x, p, at: x.flatten(1),
+    "ReLU": lambda part, x, p, at: F.relu(x),
+    "LeakyReLU": lambda part, x, p, at: F.leaky_relu(x, part.slope),
+    "Sigmoid": lambda part, x, p, at: torch.sigmoid(x),
+    "Tanh": lambda part, x, p, at: torch.tanh(x),
+    "Softmax": lambda part, x, p, at: x.softmax(-1),
+}
+
+
+def _pad_layer(part: Layer, size: tuple[int, int], x: torch.Tensor) -> torch.Tensor:
+    """x (n, h, w, c), as torch has it, with the layer's padding of zeros around it."""
+    geometry = {"padding": part.padding, "stride": part.stride,
+                "dilation": getattr(part, "dilation", 1)}
+    return _pad_sides(x.permute(0, 3, 1, 2), size, 0, **geometry)
+
+
 def _pad(x: torch.Tensor, case: Case, value: float) -> torch.Tensor:
     geometry = {k: v for k, v in case.options.items() if k not in ("size", "groups")}
     size = case.options["size"] if "size" in case.options else case.arrays["w"].shape[:2]
-    (top, bottom), (left, right) = cases.pad_pixels(*x.shape[2:], cases.pair(size), **{
-        **geometry, "stride": _stride(case)})
+    return _pad_sides(x, cases.pair(size), value, **{**geometry, "stride": _stride(case)})
+
+
+def _pad_sides(x: torch.Tensor, size: tuple[int, int], value: float, **geometry) -> torch.Tensor:
+    (top, bottom), (left, right) = cases.pad_pixels(*x.shape[2:], size, **geometry)
     return F.pad(x, (left, right, top, bottom), value=value)
 
 
