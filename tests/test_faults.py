@@ -11,10 +11,14 @@ from gpucnn.layers import (
     BatchNorm,
     Conv2D,
     Dense,
+    Dropout,
+    Flatten,
     GlobalAvgPool2D,
     MaxPool2D,
     ReLU,
+    Residual,
     Sequential,
+    Softmax,
 )
 from gpucnn.training import evaluate, predict, train_step
 from tests.conftest import needs_cupy
@@ -206,6 +210,19 @@ def test_rows_9_10_15_shapes():
                         ("conv2d", lambda: ops.conv2d(X[:, :0], W))):
         with refuses(ValueError, f"{where}: input height is 0"):
             call()
+    for make in (GlobalAvgPool2D, Flatten, Dropout, BatchNorm, Softmax, ReLU, AvgPool2D, MaxPool2D,
+                 lambda name: Residual(ReLU(name=name))):
+        layer = make(name="a")
+        layer.build((6, 5, 3))
+        for x, message in ((X[:, :0], "input height is 0: (2, 0, 5, 3); it must be at least 1"),
+                           (X[:, :, :0], "input width is 0: (2, 6, 0, 3)"),
+                           (X[..., :0], "input channel count is 0: (2, 6, 5, 0)")):
+            with refuses(ValueError, message):
+                layer.forward(x)
+    dense = Dense(3, name="d")
+    dense.build((4,))
+    with refuses(ValueError, "Dense 'd': input axis 1 is 0: (2, 0)"):
+        dense.forward(np.zeros((2, 0)))
 
 
 def test_row_11_nan_in_is_nan_out(backend):

@@ -189,6 +189,10 @@ class Layer:
                                "first")
         x = as_array(self.where, "input", x)
         self._check_shape(x.shape, ndim)
+        if 0 in x.shape[1:]:
+            axis = x.shape.index(0, 1)
+            side = ("height", "width", "channel count")[axis - 1] if x.ndim == 4 else f"axis {axis}"
+            raise ValueError(f"{self.where}: input {side} is 0: {x.shape}; it must be at least 1")
         if x.dtype != self.dtype and self.strict_dtype:
             raise TypeError(f"{self.where}: input is {x.dtype}, layer is {self.dtype}; "
                             f"cast with x.astype('{self.dtype}')")
