@@ -90,7 +90,7 @@ def check_all_kernels(backend, channels=4, dtype=np.float32):
             close(backend, backend.avg_pool(x_there, window), NUMPY.avg_pool(x, window))
             close(backend, backend.avg_pool_backward(dy_there, x.shape, window),
                   NUMPY.avg_pool_backward(dy, x.shape, window))
-    x = rng.standard_normal(301).astype(dtype)
+    x = rng.standard_normal(2301).astype(dtype)
     same(backend, backend.dropout(backend.asarray(x), 0.3, 2**40 + 5, 7),
          NUMPY.dropout(x, 0.3, 2**40 + 5, 7))
 
@@ -112,6 +112,14 @@ def test_every_width_of_channels(cupy_backend, channels, dtype):
 def test_64_bit_offsets_give_the_same(cupy_backend, monkeypatch):
     monkeypatch.setattr(cuda_kernel, "MAX_INT_INDEX", -1)
     check_all_kernels(cupy_backend)
+
+
+@pytest.mark.parametrize("grid", [1, 2])
+def test_each_thread_does_more_than_one_step(cupy_backend, monkeypatch, grid):  # row 49
+    """With 13 channels, the first window has each kernel do the work of more than 2 * 256 threads.
+    """
+    monkeypatch.setattr(cuda_kernel, "MAX_GRID", grid)
+    check_all_kernels(cupy_backend, channels=13)
 
 
 def test_windows_of_more_than_255_places(cupy_backend, rng):
@@ -148,6 +156,14 @@ def test_a_misaligned_view_is_read_channel_by_channel(cupy_backend, rng):
     same(cupy_backend, y, NUMPY.max_pool(x[1:].reshape(2, 4, 4, 4), window)[0])
 
 
+# Planted where one block does all the work: the rest are seen in any grid.
+LOOP_BUGS = {
+    "a thread does one step": ("common.cuh", "i += (index_t)blockDim.x * gridDim.x)", "i = (n))"),
+    "steps overlap": ("common.cuh", "i += (index_t)blockDim.x * gridDim.x)",
+                      "i += (index_t)blockDim.x)"),
+    "steps leave a gap": ("common.cuh", "i += (index_t)blockDim.x * gridDim.x)",
+                          "i += (index_t)blockDim.x * gridDim.x + 1)"),
+}
 BUGS = {
     "im2col reads a row too far": ("im2col.cu", "iy < h &&", "iy <= h &&"),
     "im2col reads a column before": ("im2col.cu", "ix >= 0 &&", "ix >= -1 &&"),
@@ -175,6 +191,13 @@ BUGS = {
     "an int overflows": ("common.cuh", "p.c = i % c;  i /= c;",
                          "p.c = i % c;  i = (i + 2147483647) / c - 2147483647 / c;"),
 }
+
+
+@pytest.mark.parametrize("bug", LOOP_BUGS.values(), ids=LOOP_BUGS)
+def test_a_bug_in_the_grid_stride_loop_is_caught(cupy_backend, monkeypatch, bug):
+    monkeypatch.setattr(cuda_kernel, "MAX_GRID", 2)
+    with mutated(*bug), pytest.raises((RuntimeError, AssertionError)):
+        check_all_kernels(cupy_backend, channels=13)
 
 
 @pytest.mark.skipif(not CUPY_RUNS, reason="needs a GPU or a C++ compiler")
