@@ -246,10 +246,24 @@ def test_good_arguments_get_the_declared_types():
     ((X, MASK, np.int64(-2**31 - 1), 0.5), "'n': .*-2147483649"),
     ((X, MASK, 3, 1), "'scale': 1 is not a float"),
     ((X, MASK, 3, "1"), "'scale': '1' is not a float"),
+    ((X, MASK, 3, 1e300), "'scale': 1e\\+300 is out of the range of float32"),
 ])
 def test_a_wrong_argument_is_named(args, message):
     with pytest.raises(TypeError, match=message):
         check(*args)
+
+
+def test_infinity_is_a_float():
+    assert check(X, MASK, 3, float("inf"))[0][3] == np.inf
+
+
+def test_a_kernel_without_scalar_t_is_checked_too():
+    parameters = [Parameter("x", "float", True), Parameter("n", "index_t", False)]
+    checked, variant = check_arguments("k", parameters, (X, 3), 1, OnDevice, 0)
+    assert (type(checked[1]), variant.scalar_t, variant.index_t) == (np.int32, np.float32, np.int32)
+    large = OnDevice(np.zeros(4, np.float32), size=MAX_INT_INDEX + 1)
+    checked, variant = check_arguments("k", parameters, (large, 3), 1, OnDevice, 0)
+    assert (type(checked[1]), variant.index_t) == (np.int64, np.int64)
 
 
 def test_wide_accesses_need_alignment():
@@ -296,6 +310,46 @@ def test_kernels_of_ones_own(cupy_backend):
     with mutated("maxpool.cu", "s.at[v] > best.at[v]", "s.at[v] < best.at[v]"):
         assert pool(cupy_backend) == 0
     assert pool(cupy_backend) == 3
+
+
+OWN = """
+/* extern "C" __global__ void not_this(size_t n) */
+extern "C" __global__ void __launch_bounds__(256) fill(
+    float* __restrict__ y,  // what is filled, (n,)
+    unsigned int seed /* not used */, index_t n, scalar_t value)
+{
+    GRID_STRIDE_LOOP(i, n) y[i] = value;
+}
+extern "C"  __global__ __launch_bounds__(256, 2)
+void twice(const float *x, float * y, int n) { GRID_STRIDE_LOOP(i, n) y[i] = 2 * x[i]; }
+"""
+
+
+def test_a_file_of_ones_own_may_be_written_in_other_ways(cupy_backend):
+    with mutated("dropout.cu", "// Dropout", OWN + "// Dropout"):
+        x = cupy_backend.asarray(np.arange(4, dtype=np.float32))
+        y = cupy_backend.xp.empty(4, np.float32)
+        Kernel("dropout.cu", "twice")(4, x, y, 4)
+        np.testing.assert_array_equal(cupy_backend.to_numpy(y), [0, 2, 4, 6])
+    # scalar_t in a scalar alone: nothing says what it is.
+    with (mutated("dropout.cu", "// Dropout", OWN + "// Dropout"),
+          pytest.raises(TypeError, match="fill, argument 'value': no array before it says what")):
+        Kernel("dropout.cu", "fill")(4, y, 7, 4, 0.5)
+    with mutated("dropout.cu", "// Dropout", OWN.replace("scalar_t", "float") + "// Dropout"):
+        Kernel("dropout.cu", "fill")(4, y, 7, 4, 0.5)
+        np.testing.assert_array_equal(cupy_backend.to_numpy(y), [0.5] * 4)
+
+
+@pytest.mark.parametrize("file", ["maxpool.cu", "common.cuh"])
+def test_a_file_that_is_edited_is_compiled_anew(cupy_backend, file):
+    with mutated("maxpool.cu", "// Max", "// My max") as folder:
+        assert pool(cupy_backend) == 3
+        text = (folder / file).read_text()
+        edited = {"maxpool.cu": ("s.at[v] > best.at[v]", "s.at[v] < best.at[v]"),
+                  "common.cuh": ("[i] = s;", "[i] = s; p[i * VEC] += 40;")}[file]
+        assert edited[0] in text
+        (folder / file).write_text(text.replace(*edited))
+        assert pool(cupy_backend) == {"maxpool.cu": 0, "common.cuh": 43}[file]
 
 
 def test_a_broken_file_is_named_with_line_and_architecture(cupy_backend):  # row 48

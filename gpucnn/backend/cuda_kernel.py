@@ -23,11 +23,15 @@ MAX_INT_INDEX = 2**31 - BLOCK * MAX_GRID
 _C_NAMES = {np.dtype(t): c for t, c in (
     (np.float32, "float"), (np.float64, "double"), (np.uint8, "unsigned char"), (np.int32, "int"),
     (np.int64, "long long"), (np.uint32, "unsigned"))}
-_DTYPES = {c: dtype for dtype, c in _C_NAMES.items()}
+_DTYPES = {c: dtype for dtype, c in _C_NAMES.items()} | {"unsigned int": np.dtype(np.uint32)}
 # What each name of the .cu files' own may stand for; a launch's arrays decide which.
 _TYPEDEFS = {"scalar_t": (np.dtype(np.float32), np.dtype(np.float64)),
-             "mask_t": (np.dtype(np.uint8), np.dtype(np.int32))}
-_SIGNATURE = re.compile(r'extern "C" __global__ void (\w+)\s*\(([^)]*)\)')
+             "mask_t": (np.dtype(np.uint8), np.dtype(np.int32)),
+             "index_t": (np.dtype(np.int32), np.dtype(np.int64))}
+_BOUNDS = r"(?:__launch_bounds__\s*\([^)]*\)\s*)?"
+_SIGNATURE = re.compile(
+    rf'extern\s+"C"\s+__global__\s+{_BOUNDS}void\s+{_BOUNDS}(\w+)\s*\(([^)]*)\)')
+_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 
 
 class Parameter(NamedTuple):
@@ -73,13 +77,15 @@ def read_source(directory: Path, file: str, variant: Variant) -> str:
     return "\n".join(parts)
 
 
-@functools.cache
 def read_signatures(directory: Path, file: str) -> dict[str, list[Parameter]]:
     """The parameters of each kernel in the file. Raises KernelError for a type unknown here."""
-    signatures: dict[str, list[Parameter]] = {}
-    for kernel, declared in _SIGNATURE.findall(_read(directory, file)):
-        signatures[kernel] = [_parse(file, kernel, text) for text in declared.split(",")]
-    return signatures
+    return _signatures(file, _read(directory, file))
+
+
+@functools.cache
+def _signatures(file: str, text: str) -> dict[str, list[Parameter]]:
+    return {kernel: [_parse(file, kernel, parameter) for parameter in declared.split(",")]
+            for kernel, declared in _SIGNATURE.findall(_COMMENT.sub(" ", text))}
 
 
 def check_arguments(kernel: str, parameters: list[Parameter], args: tuple, vec: int,
@@ -92,21 +98,19 @@ def check_arguments(kernel: str, parameters: list[Parameter], args: tuple, vec: 
     if len(args) != len(parameters):
         raise TypeError(f"{kernel} takes {len(parameters)} arguments, got {len(args)}")
     checked: list[Any] = []
-    types: dict[str, Any] = {}
-    largest = 0
+    largest = max((getattr(a, "size", 0) for p, a in zip(parameters, args) if p.pointer), default=0)
+    types: dict[str, Any] = {"index_t": _TYPEDEFS["index_t"][largest > MAX_INT_INDEX]}
     for parameter, arg in zip(parameters, args):
         try:
             if parameter.pointer:
                 _check_array(parameter, arg, types, vec, array_type, device)
                 checked.append(arg)
-                largest = max(largest, arg.size)
             else:
                 checked.append(_check_scalar(parameter, arg, types))
         except TypeError as problem:
             raise TypeError(f"{kernel}, argument {parameter.name!r}: {problem}") from None
-    index_t = np.dtype(np.int32 if largest <= MAX_INT_INDEX else np.int64)
-    return checked, Variant(types["scalar_t"], types.get("mask_t", _TYPEDEFS["mask_t"][0]),
-                            index_t, vec)
+    scalar_t, mask_t, index_t = (types.get(name, _TYPEDEFS[name][0]) for name in _TYPEDEFS)
+    return checked, Variant(scalar_t, mask_t, index_t, vec)
 
 
 class Kernel:
@@ -114,14 +118,15 @@ class Kernel:
 
     def __init__(self, file: str, name: str):
         self.file, self.name = file, name
-        self._compiled: dict[tuple[Path, int, Variant], Any] = {}
+        self._compiled: dict[tuple[str, str, int, Variant], Any] = {}
 
     def __call__(self, threads: int, *args: Any, vec: int = 1) -> None:
         """Launch at least `threads` threads; each one handles `vec` channels. None for none."""
         import cupy
 
         directory, device = kernel_dir(), cupy.cuda.Device().id
-        signatures = read_signatures(directory, self.file)
+        text, common = _read(directory, self.file), _read(directory, "common.cuh")
+        signatures = _signatures(self.file, text)
         if self.name not in signatures:
             raise KernelError(f"{directory / self.file} declares no kernel {self.name!r}; it has "
                               f"{', '.join(signatures) or 'none'}")
@@ -129,7 +134,7 @@ class Kernel:
                                            cupy.ndarray, device)
         if threads < 1:
             return
-        key = directory, device, variant
+        key = text, common, device, variant
         if key not in self._compiled:
             self._compiled[key] = compile_kernel(directory, self.file, self.name, variant)
         self._compiled[key]((launch_grid(threads),), (BLOCK,), tuple(checked))
@@ -145,7 +150,7 @@ def compile_kernel(directory: Path, file: str, name: str, variant: Variant) -> A
     import cupy
 
     try:
-        return _module(directory, file, variant).get_function(name)
+        return _module(read_source(directory, file, variant)).get_function(name)
     except cupy.cuda.compiler.CompileException as e:
         lines = str(e).splitlines()
         cause = next((line.strip() for line in lines if "error" in line), lines[0])
@@ -159,21 +164,29 @@ def compile_kernel(directory: Path, file: str, name: str, variant: Variant) -> A
 
 
 @functools.cache
-def _module(directory: Path, file: str, variant: Variant) -> Any:
+def _module(source: str) -> Any:
     """What CuPy compiles, at the first get_function(), for all kernels of the file."""
     import cupy
 
-    return cupy.RawModule(code=read_source(directory, file, variant), options=("-std=c++17",))
+    return cupy.RawModule(code=source, options=("-std=c++17",))
 
 
 def _read(directory: Path, file: str) -> str:
+    """The file's text: the same str until the file is written again, so that caches may go by it.
+    """
     try:
-        return (directory / file).read_text(encoding="utf-8")
+        path = os.path.join(directory, file)
+        return _text(path, os.stat(path).st_mtime_ns)
     except OSError as e:
         remedy = ("GPUCNN_KERNEL_DIR must hold a copy of the whole kernels folder"
                   if os.environ.get("GPUCNN_KERNEL_DIR") else "reinstall gpucnn")
         raise KernelError(f"cannot read the kernel file {directory / file} ({e.strerror}); "
                           f"{remedy}") from e
+
+
+@functools.cache
+def _text(path: str, written: int) -> str:
+    return Path(path).read_text(encoding="utf-8")
 
 
 def _parse(file: str, kernel: str, text: str) -> Parameter:
@@ -220,9 +233,13 @@ def _check_scalar(parameter: Parameter, arg: Any, types: dict[str, Any]) -> Any:
         raise TypeError(f"no array before it says what {parameter.ctype} is")
     wanted = types.get(parameter.ctype) or _DTYPES[parameter.ctype]
     if wanted.kind == "f":
-        if isinstance(arg, (float, np.floating)):
-            return wanted.type(arg)
-        raise TypeError(f"{arg!r} is not a float")
+        if not isinstance(arg, (float, np.floating)):
+            raise TypeError(f"{arg!r} is not a float")
+        with np.errstate(over="ignore"):
+            value = wanted.type(arg)
+        if np.isinf(value) and not np.isinf(arg):
+            raise TypeError(f"{arg!r} is out of the range of {wanted}")
+        return value
     limits = np.iinfo(wanted)
     if (isinstance(arg, (int, np.integer)) and not isinstance(arg, bool)
             and limits.min <= arg <= limits.max):

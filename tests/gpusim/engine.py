@@ -30,8 +30,9 @@ _UNCHECKED = ["-O2"]
 # Fortified longjmp refuses to jump between the stacks of fibers.
 _RUNTIME = ["-std=c++17", "-O2", "-g", "-U_FORTIFY_SOURCE", "-fPIC", "-shared"]
 
-_KERNEL = re.compile(r'(extern\s+"C"\s+)?__global__\s+void\s+'
-                     r'(?:__launch_bounds__\s*\((\d+)[^)]*\)\s*)?(\w+)\s*\(([^)]*)\)\s*\{')
+_BOUNDS = r'(?:__launch_bounds__\s*\((\d+)[^)]*\)\s*)?'
+_KERNEL = re.compile(r'(extern\s+"C"\s+)?__global__\s+' + _BOUNDS + r'void\s+' + _BOUNDS
+                     + r'(\w+)\s*\(([^)]*)\)\s*\{')
 _EXTERN_SHARED = re.compile(
     r"extern\s+__shared__\s+(?:__align__\s*\(\s*\d+\s*\)\s*)?(\w+)\s+(\w+)\s*\[\s*\]\s*;")
 _SMALL_SHARED = re.compile(r"__shared__[^;]*\b(char|short|bool|u?int(8|16)_t)\b")
@@ -91,9 +92,9 @@ class Module:
 
     def __init__(self, source: str, *, checked: bool = True):
         self.source, self.checked = source, checked
-        self.kernels = {name: Kernel(bool(extern), int(bound or 1024),
+        self.kernels = {name: Kernel(bool(extern), int(before or after or 1024),
                                      [" ".join(p.split()) for p in parameters.split(",")])
-                        for extern, bound, name, parameters in
+                        for extern, before, after, name, parameters in
                         _KERNEL.findall(_strip_comments(source))}
         body = _EXTERN_SHARED.sub(r"\1* \2 = (\1*)gpusim_dynamic_shared();", source)
         text = "\n".join([
