@@ -105,24 +105,32 @@ def check_pool_window(where: str, window: Window, h: int, w: int) -> None:
 def pair(where: str, name: str, value: object, least: int = 1) -> tuple[int, int]:
     """value as (vertical, horizontal) ints, each at least `least`."""
     items = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(items) != 2 or not all(_is_int(v) for v in items):
+    if len(items) != 2 or not all(is_int(v) for v in items):
         raise TypeError(f"{where}: {name} must be an int or two ints, got {value!r}")
     if min(items) < least:
         raise ValueError(f"{where}: {name} must be >= {least}, got {value!r}")
     return int(items[0]), int(items[1])
 
 
+def integer(where: str, name: str, value: object) -> int:
+    """value as an int, at least 1."""
+    if not is_int(value):
+        raise TypeError(f"{where}: {name} must be an int, got {value!r}")
+    return pair(where, name, value)[0]
+
+
+def is_int(value: object) -> bool:
+    """Whether value is an int of Python or NumPy, and no bool."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def check_groups(where: str, groups: int, c_in: int, c_out: int) -> None:
     """Raise unless `groups` is an int >= 1 that divides both numbers of channels."""
-    if not _is_int(groups):
+    if not is_int(groups):
         raise TypeError(f"{where}: groups must be an int, got {groups!r}")
     if groups < 1 or c_in % groups or c_out % groups:
         raise ValueError(f"{where}: groups must be >= 1 and divide the {c_in} input and {c_out} "
                          f"output channels, got {groups}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _resolve_padding(where, padding, axes):
@@ -132,10 +140,10 @@ def _resolve_padding(where, padding, axes):
             return (0, 0), (0, 0)
         if padding == "same":
             return tuple(_same(*axis) for axis in axes)
-    elif _is_int(padding):
+    elif is_int(padding):
         return (pair(where, "padding", padding, least=0),) * 2
     elif isinstance(padding, (tuple, list)) and len(padding) == 2:
-        if all(_is_int(p) for p in padding):
+        if all(is_int(p) for p in padding):
             ph, pw = pair(where, "padding", padding, least=0)
             return (ph, ph), (pw, pw)
         if all(isinstance(p, (tuple, list)) for p in padding):

@@ -178,12 +178,11 @@ def check_labels(backend: Backend, labels: Array, n: int, classes: int) -> Array
     """labels as an integer array (n,) of the backend, each from 0 to classes - 1.
 
     Checked on the GPU too, where CuPy's indexing would not raise. Raises TypeError for floats,
-    bools and one-hot rows, ValueError for a wrong number or a label out of range.
+    bools, one-hot rows and masked arrays, ValueError for a wrong number or a label out of range.
     """
-    if isinstance(labels, (list, tuple)):
-        labels = np.asarray(labels)
-    if not hasattr(labels, "dtype"):
+    if not hasattr(labels, "dtype") and not isinstance(labels, (list, tuple)):
         raise TypeError(f"labels must be integers of shape (N,), got {labels!r}")
+    labels = _plain_array("softmax_cross_entropy: labels", labels)
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
         raise TypeError(f"labels must be integers of shape (N,), got {labels.dtype} {labels.shape}"
                         "; for one-hot use labels.argmax(1)")
@@ -203,19 +202,7 @@ def as_array(where: str, name: str, value: Any) -> Array:
 
     Raises TypeError for what would be computed wrongly or not at all.
     """
-    if isinstance(value, (np.ma.MaskedArray, np.matrix)):
-        remedy = "fill the mask first with x.filled(0)" if isinstance(
-            value, np.ma.MaskedArray) else "use numpy.asarray(x)"
-        raise TypeError(f"{where}: {name} is {type(value).__module__}.{type(value).__name__}; "
-                        f"{remedy}")
-    if not isinstance(value, np.ndarray) and backend_of(value).name == "numpy":
-        if hasattr(value, "__dlpack__"):
-            value = np.from_dlpack(value)
-        elif isinstance(value, (list, tuple, int, float, np.generic)):
-            value = np.asarray(value)
-        else:
-            raise TypeError(f"{where}: {name} is a {type(value).__name__}; use a NumPy or CuPy "
-                            "array")
+    value = _plain_array(f"{where}: {name}", value)
     if value.dtype.kind in "iu":
         remedy = ("; scale to float first, e.g. x.astype('float32')/255"
                   if value.dtype == np.uint8 else "; cast it with x.astype('float32')")
@@ -227,12 +214,34 @@ def as_array(where: str, name: str, value: Any) -> Array:
     return value
 
 
+def _plain_array(what: str, value: Any) -> Array:
+    """value as an array of NumPy or CuPy of any dtype, without a mask."""
+    if isinstance(value, (np.ma.MaskedArray, np.matrix)):
+        remedy = "fill the mask first with x.filled(0)" if isinstance(
+            value, np.ma.MaskedArray) else "use numpy.asarray(x)"
+        raise TypeError(f"{what} is {type(value).__module__}.{type(value).__name__}; {remedy}")
+    if isinstance(value, np.ndarray) or backend_of(value).name == "cupy":
+        return value
+    if isinstance(value, (list, tuple, int, float, np.generic)):
+        return np.asarray(value)
+    if not hasattr(value, "__dlpack__"):
+        raise TypeError(f"{what} is a {type(value).__name__}; use a NumPy or CuPy array")
+    try:
+        return np.from_dlpack(value)
+    except (BufferError, RuntimeError, TypeError, ValueError) as e:
+        raise TypeError(f"{what} is a {type(value).__module__}.{type(value).__name__} that NumPy "
+                        f"cannot read ({' '.join(str(e).split())}); make a NumPy array of it, "
+                        "for torch by x.detach().cpu().float().numpy()") from e
+
+
 def _receive(where: str, **arrays: Any) -> tuple[Backend, np.dtype, list[Any]]:
     """The backend of the arrays, their dtype, and them as the backend takes them.
 
-    That is C-contiguous, of native byte order, and float32 in the place of float16.
+    That is C-contiguous, of native byte order, and float32 in the place of float16. Only b may be
+    None.
     """
-    values = {k: None if v is None else as_array(where, k, v) for k, v in arrays.items()}
+    values = {k: None if v is None and k == "b" else as_array(where, k, v)
+              for k, v in arrays.items()}
     given = {k: v for k, v in values.items() if v is not None}
     (first, model), *others = given.items()
     backend, dtype = backend_of(model), model.dtype.newbyteorder("=")

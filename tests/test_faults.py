@@ -9,6 +9,7 @@ from gpucnn.backend import use_backend
 from gpucnn.layers import (
     AvgPool2D,
     BatchNorm,
+    Concat,
     Conv2D,
     Dense,
     Dropout,
@@ -179,9 +180,57 @@ def test_row_8_other_kinds_of_arrays():
         ops.conv2d(np.asmatrix(np.ones((2, 2))), W)
     with refuses(TypeError, "x is a dict; use a NumPy or CuPy array"):
         ops.conv2d({}, W)
+    for name, call in {"x": lambda: ops.conv2d(None, W), "w": lambda: ops.conv2d(X, None),
+                       "dy": lambda: ops.conv2d_backward(None, X, W)}.items():
+        with refuses(TypeError, f": {name} is a NoneType; use a NumPy or CuPy array"):
+            call()
+    with refuses(TypeError, "max_pool2d: x is a NoneType; use a NumPy or CuPy array"):
+        ops.max_pool2d(None, 2)
     np.testing.assert_array_equal(conv().forward(X.tolist()), conv().forward(X))
+
+
+def test_row_8_torch_tensors():
     torch = pytest.importorskip("torch")
-    np.testing.assert_array_equal(ops.conv2d(torch.from_numpy(X), W), ops.conv2d(X, W))
+    x = torch.from_numpy(X)
+    np.testing.assert_array_equal(ops.conv2d(x, W), ops.conv2d(X, W))
+    for bad in (x.clone().requires_grad_(), x.bfloat16()):
+        with refuses(TypeError, "conv2d: x is a torch.Tensor that NumPy cannot read ("):
+            ops.conv2d(bad, W)
+        with refuses(TypeError, "; make a NumPy array of it, for torch by x.detach().cpu().float()"
+                                ".numpy()"):
+            conv().forward(bad)
+    logits = np.zeros((2, 4))
+    loss, _ = ops.softmax_cross_entropy(logits, torch.tensor([0, 3]))
+    assert loss == ops.softmax_cross_entropy(logits, [0, 3])[0]
+    with refuses(TypeError, "labels must be integers of shape (N,), got float32 (2,)"):
+        ops.softmax_cross_entropy(logits, torch.zeros(2))
+
+
+def made(make, shape=(6, 5, 3)):
+    layer = make(name="a")
+    layer.build(shape)
+    return layer
+
+
+@pytest.mark.parametrize("make", [
+    ReLU, lambda name: Conv2D(3, 3, padding=1, name=name), lambda name: Dropout(0, name=name),
+    lambda name: Residual(ReLU(), name=name), lambda name: Concat([ReLU()], name=name),
+    lambda name: Sequential([Softmax()], name=name)], ids=range(6))
+def test_gradients_are_checked_as_inputs_are(make):
+    layer, results = made(make), []
+    for good in (X, X.tolist(), X.astype(np.float64)):
+        layer.forward(X, training=True)
+        results.append(layer.backward(good))
+    for result in results:
+        assert result.dtype == np.float32
+        np.testing.assert_array_equal(result, results[0])
+    for bad, message in ((X.astype(np.complex64), "dtype complex64 of the gradient is not"),
+                         (np.ma.masked_array(X), "the gradient is numpy.ma.MaskedArray; fill the"),
+                         (X.astype(int), "the gradient is int64; cast it with x.astype('float32')"),
+                         (None, "the gradient is a NoneType; use a NumPy or CuPy array")):
+        layer.forward(X, training=True)
+        with refuses(TypeError, message):
+            layer.backward(bad)
 
 
 @needs_cupy
@@ -191,6 +240,10 @@ def test_arrays_of_two_backends_do_not_mix(cupy_backend):
         ops.conv2d(there, W)
     with use_backend("numpy"), refuses(TypeError, "input is a cupy array, the layer is on numpy"):
         conv().forward(there)
+    layer = made(ReLU)
+    layer.forward(there, training=True)
+    with refuses(TypeError, "the gradient is a numpy array, the layer is on cupy"):
+        layer.backward(X)
 
 
 def test_rows_9_10_15_shapes():
@@ -211,9 +264,8 @@ def test_rows_9_10_15_shapes():
         with refuses(ValueError, f"{where}: input height is 0"):
             call()
     for make in (GlobalAvgPool2D, Flatten, Dropout, BatchNorm, Softmax, ReLU, AvgPool2D, MaxPool2D,
-                 lambda name: Residual(ReLU(name=name))):
-        layer = make(name="a")
-        layer.build((6, 5, 3))
+                 lambda name: Residual(ReLU(), name=name)):
+        layer = made(make)
         for x, message in ((X[:, :0], "input height is 0: (2, 0, 5, 3); it must be at least 1"),
                            (X[:, :, :0], "input width is 0: (2, 6, 0, 3)"),
                            (X[..., :0], "input channel count is 0: (2, 6, 5, 0)")):
@@ -310,6 +362,15 @@ PARAMETERS = {
     "row 21 bool": (TypeError, lambda: ops.max_pool2d(X, True),
                     "size must be an int or two ints, got True"),
     "row 21 padding": (TypeError, lambda: ops.conv2d(X, W, padding=0.5), "got 0.5"),
+    "row 21 filters": (TypeError, lambda: Conv2D((4, 8)), "filters must be an int, got (4, 8)"),
+    "row 21 units": (TypeError, lambda: Dense((3, 5)), "Dense: units must be an int, got (3, 5)"),
+    "row 21 shape": (TypeError, lambda: Conv2D(4).build(28),
+                     "Conv2D: input_shape must be ints >= 1 without the batch axis, such as "
+                     "(28, 28, 1); got 28"),
+    "row 21 seed": (TypeError, lambda: Conv2D(4).build((6, 5, 3), seed=1.5),
+                    "Conv2D: seed must be an int, got 1.5"),
+    "epsilon": (ValueError, lambda: BatchNorm(epsilon=float("nan")),
+                "BatchNorm: epsilon must be > 0 and finite, got nan"),
     "activation": (ValueError, lambda: Conv2D(4, activation="gelu"), "'gelu' is not known; use"),
     "filters of another rank": (ValueError, lambda: ops.conv2d(X, W[0]), "w must be (kh, kw,"),
     "no filters": (ValueError, lambda: ops.conv2d(X, W[..., :0]), "w has shape (3, 3, 3, 0); all"),
@@ -373,6 +434,16 @@ def test_labels(kind, labels, message, backend):
     logits = backend.xp.zeros((2, 4), np.float32)
     with refuses(kind, message):
         ops.softmax_cross_entropy(logits, backend.xp.asarray(np.asarray(labels)))
+
+
+def test_masked_labels_are_refused():
+    masked = np.ma.masked_array([0, 9], mask=[False, True])
+    with refuses(TypeError, "labels is numpy.ma.MaskedArray; fill the mask first"):
+        ops.softmax_cross_entropy(np.zeros((2, 4)), masked)
+    model = Sequential([conv(), GlobalAvgPool2D()])
+    model.build((6, 5, 3))
+    with refuses(TypeError, "labels is numpy.ma.MaskedArray; fill the mask first"):
+        train_step(model, losses.SoftmaxCrossEntropy(), optim.Adam(model), X, masked)
 
 
 def test_label_smoothing_and_logits_are_checked():

@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
 
 from gpucnn import rng
 from gpucnn.backend import Array, get_backend
+from gpucnn.geometry import is_int
 from gpucnn.ops import as_array
 
 Shape = tuple[int, ...]
@@ -114,14 +115,19 @@ class Layer:
         `flat_grad`: first those that weight decay applies to, then biases and norms. The same
         seed gives the same numbers on every backend.
         """
+        if not is_int(seed):
+            raise TypeError(f"{self.where}: seed must be an int, got {seed!r}")
         if not 0 <= seed < 2**32:
             raise ValueError(f"{self.where}: seed must be from 0 to 2**32 - 1, got {seed}")
         if np.dtype(dtype) not in (np.float32, np.float64):
             raise TypeError(f"{self.where}: dtype must be float32 or float64, got {dtype}")
-        if not all(isinstance(n, (int, np.integer)) and n > 0 for n in input_shape):
-            raise ValueError(f"{self.where}: input_shape must be ints >= 1 without the batch axis, "
-                             f"such as (28, 28, 1); got {tuple(input_shape)}")
+        wanted = "input_shape must be ints >= 1 without the batch axis, such as (28, 28, 1)"
+        if not isinstance(input_shape, Iterable):
+            raise TypeError(f"{self.where}: {wanted}; got {input_shape!r}")
+        if not all(is_int(n) and n > 0 for n in input_shape):
+            raise ValueError(f"{self.where}: {wanted}; got {tuple(input_shape)}")
         self.output_shape = self.declare_at(tuple(input_shape), self.path)
+        seed = int(seed)
         drawn = [p.initializer(p.shape, seed, stream)
                  for stream, p in enumerate(self.parameters().values())]
         order = sorted(zip(self.parameters().values(), drawn), key=lambda pair: not pair[0].decay)
@@ -196,11 +202,7 @@ class Layer:
         if x.dtype != self.dtype and self.strict_dtype:
             raise TypeError(f"{self.where}: input is {x.dtype}, layer is {self.dtype}; "
                             f"cast with x.astype('{self.dtype}')")
-        if not isinstance(x, self.backend.xp.ndarray):
-            raise TypeError(f"{self.where}: input is a {type(x).__module__} array, the layer is "
-                            f"on {self.backend.name}; use backend.asarray(x) or "
-                            "backend.to_numpy(x)")
-        return self.backend.asarray(x, self.dtype)
+        return self._cast("input", x)
 
     def save(self, training: bool, *values: Any) -> None:
         """Keep values for backward(), in training only."""
@@ -214,11 +216,15 @@ class Layer:
         return saved
 
     def receive_gradient(self, dy: Array, shape: Shape) -> Array:
-        """dy as the layer computes with it; raises ValueError unless it has the output's shape."""
+        """dy as the layer computes with it.
+
+        Raises TypeError for another backend or dtype, ValueError unless it has the output's shape.
+        """
+        dy = as_array(self.where, "the gradient", dy)
         if dy.shape != shape:
             raise ValueError(f"{self.where}: the gradient has shape {dy.shape}, the output of the "
                              f"last forward pass had {shape}")
-        return self.backend.asarray(dy, self.dtype)
+        return self._cast("the gradient", dy)
 
     def summary(self, input_shape: Shape) -> None:
         """Print a table: each layer's output shape, parameters and multiply-adds.
@@ -228,6 +234,13 @@ class Layer:
         """
         from gpucnn.layers.summary import summary_table
         print(summary_table(self, tuple(input_shape)))
+
+    def _cast(self, name: str, array: Array) -> Array:
+        if not isinstance(array, self.backend.xp.ndarray):
+            raise TypeError(f"{self.where}: {name} is a {type(array).__module__} array, the layer "
+                            f"is on {self.backend.name}; use backend.asarray(x) or "
+                            "backend.to_numpy(x)")
+        return self.backend.asarray(array, self.dtype)
 
     def _check_shape(self, shape: Shape, ndim: int | None) -> None:
         if ndim is None:

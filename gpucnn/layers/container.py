@@ -79,7 +79,8 @@ class Residual(Layer):
 
     def backward(self, dy: Array) -> Array:
         dx = self.body.backward(dy)
-        return dx + (self.shortcut.backward(dy) if self.shortcut else dy)
+        return dx + (self.shortcut.backward(dy) if self.shortcut
+                     else self.receive_gradient(dy, dx.shape))
 
 
 class Concat(Layer):
@@ -107,9 +108,13 @@ class Concat(Layer):
 
     def forward(self, x: Array, training: bool = False) -> Array:
         parts = [layer.forward(x, training) for layer in self.branches]
-        return self.backend.xp.concatenate(parts, axis=-1)
+        y = self.backend.xp.concatenate(parts, axis=-1)
+        self.save(training, y.shape)
+        return y
 
     def backward(self, dy: Array) -> Array:
+        (shape,) = self.take_saved()
+        dy = self.receive_gradient(dy, shape)
         dx, start = None, 0
         for layer in self.branches:
             end = start + layer.output_shape[-1]

@@ -5,7 +5,15 @@ import math
 
 from gpucnn import activations
 from gpucnn.backend import Array
-from gpucnn.geometry import IntOrPair, Padding, Window, check_groups, make_window, pair
+from gpucnn.geometry import (
+    IntOrPair,
+    Padding,
+    Window,
+    check_groups,
+    integer,
+    make_window,
+    pair,
+)
 from gpucnn.layers.base import Layer, Parameter, Shape, constant, he_normal
 from gpucnn.ops import check_channels
 
@@ -28,7 +36,7 @@ class Conv2D(Layer):
                  padding: Padding = 0, dilation: IntOrPair = 1, groups: int = 1,
                  activation: str | None = None, bias: bool = True, **options):
         super().__init__(**options)
-        self.filters, _ = pair(self.where, "filters", filters)
+        self.filters = integer(self.where, "filters", filters)
         self.kernel_size = pair(self.where, "kernel_size", kernel_size)
         self.stride = pair(self.where, "stride", stride)
         self.dilation = pair(self.where, "dilation", dilation)

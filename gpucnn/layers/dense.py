@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from gpucnn import activations
 from gpucnn.backend import Array
-from gpucnn.geometry import pair
+from gpucnn.geometry import integer
 from gpucnn.layers.base import Layer, Parameter, Shape, constant, glorot_uniform, he_normal
 
 
@@ -22,7 +22,7 @@ class Dense(Layer):
 
     def __init__(self, units: int, *, activation: str | None = None, bias: bool = True, **options):
         super().__init__(**options)
-        self.units, _ = pair(self.where, "units", units)
+        self.units = integer(self.where, "units", units)
         self.activation = activation
         self.bias = bias
         activations.check_name(self.where, activation)

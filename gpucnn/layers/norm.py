@@ -27,8 +27,8 @@ class BatchNorm(Layer):
         super().__init__(**options)
         if not 0 < momentum <= 1:
             raise ValueError(f"{self.where}: momentum must be > 0 and <= 1, got {momentum}")
-        if epsilon <= 0:
-            raise ValueError(f"{self.where}: epsilon must be > 0, got {epsilon}")
+        if not 0 < epsilon < math.inf:
+            raise ValueError(f"{self.where}: epsilon must be > 0 and finite, got {epsilon}")
         self.momentum = momentum
         self.epsilon = epsilon
 
