@@ -9,7 +9,8 @@ static __device__ int pixels_seen(int start, int taps, int size) {
     return end - (start > 0 ? start : 0);
 }
 
-// One thread averages VEC channels.
+// One thread averages VEC channels. Each row of the window is summed on its own: one long sum over
+// a large window would lose more digits.
 extern "C" __global__ void avg_pool(
     const scalar_t* __restrict__ x, scalar_t* __restrict__ y,
     int n, int h, int w, int c, int oh, int ow,
@@ -20,11 +21,14 @@ extern "C" __global__ void avg_pool(
         Place p = place_of(i, oh, ow, cv);
         int y0 = p.y * sh - top, x0 = p.x * sw - left;
         Scalars sum = zeros();
-        for (int iy = y0 > 0 ? y0 : 0; iy < y0 + kh && iy < h; ++iy)
+        for (int iy = y0 > 0 ? y0 : 0; iy < y0 + kh && iy < h; ++iy) {
+            Scalars row = zeros();
             for (int ix = x0 > 0 ? x0 : 0; ix < x0 + kw && ix < w; ++ix) {
                 Scalars s = load(x, offset_of(p.n, iy, ix, p.c, h, w, cv));
-                for (int v = 0; v < VEC; ++v) sum.at[v] += s.at[v];
+                for (int v = 0; v < VEC; ++v) row.at[v] += s.at[v];
             }
+            for (int v = 0; v < VEC; ++v) sum.at[v] += row.at[v];
+        }
         scalar_t seen = (scalar_t)pixels_seen(y0, kh, h) * pixels_seen(x0, kw, w);
         for (int v = 0; v < VEC; ++v) sum.at[v] /= seen;
         store(y, i, sum);

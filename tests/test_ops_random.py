@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 
+from gpucnn import layers, ops
 from tests import cases
 
 
@@ -93,6 +94,17 @@ def test_a_weight_that_is_not_finite_stays_with_the_pixels_that_it_saw(value, ba
     case = cases.Case("conv", 0, np.dtype(float), "normal", arrays,
                       {"stride": 1, "padding": 1, "dilation": 1, "groups": 1})
     cases.judge(case, cases.expected_conv(case), backend)
+
+
+def test_the_mean_of_many_pixels_keeps_its_digits(backend):
+    """h + w roundings, of a row and of the rows' sums, where h * w would leave two digits."""
+    h, w = 1024, 512
+    x = backend.asarray(np.full((1, h, w, 3), 0.1, np.float32))
+    layer = layers.GlobalAvgPool2D()
+    layer.build(x.shape[1:])
+    for y in (ops.avg_pool2d(x, (h, w)), layer.forward(x)):
+        np.testing.assert_allclose(backend.to_numpy(y).ravel(), [np.float32(0.1)] * 3,
+                                   rtol=(h + w) * cases.unit_roundoff(y.dtype))
 
 
 @pytest.mark.parametrize("places", [255, 256])
