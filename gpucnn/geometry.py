@@ -75,13 +75,16 @@ def make_window(where: str, size: IntOrPair, stride: IntOrPair, padding: Padding
     (top, bottom), (left, right) = _resolve_padding(
         where, padding, ((h, kh, sh, dh), (w, kw, sw, dw)))
     window = Window(kh, kw, sh, sw, top, bottom, left, right, dh, dw)
+    padded_h, padded_w = h + top + bottom, w + left + right
     if min(window.out_size(h, w)) < 1:
         eh, ew = window.effective
         effective = f" (effective {eh}x{ew} with dilation {dilation})" if max(dh, dw) > 1 else ""
         raise ValueError(
             f"{where}: kernel {kh}x{kw}{effective} is larger than the padded input "
-            f"{h + top + bottom}x{w + left + right}; use a smaller kernel or padding='same'")
-    return window
+            f"{padded_h}x{padded_w}; use a smaller kernel or padding='same'")
+    # Past the padded input, a larger step comes to the same, but may not fit a kernel's int.
+    return window._replace(sh=min(sh, padded_h), sw=min(sw, padded_w),
+                           dh=min(dh, padded_h), dw=min(dw, padded_w))
 
 
 def check_pool_window(where: str, window: Window, h: int, w: int) -> None:

@@ -59,7 +59,7 @@ struct Outputs { int first, last; };
 static __device__ Outputs outputs_over(int padded, int taps, int stride, int dilation, int out) {
     int start = padded - (taps - 1) * dilation;
     Outputs o;
-    o.first = start <= 0 ? 0 : (start + stride - 1) / stride;
+    o.first = start <= 0 ? 0 : (start - 1) / stride + 1;  // start / stride, rounded up
     o.last = padded / stride < out ? padded / stride : out - 1;
     return o;
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -31,6 +32,16 @@ def test_every_kernel_of_a_file_is_found(file):
     assert len(signatures) == source.count("__global__")
     assert all(parameters[0].pointer and parameters[0].ctype == "scalar_t"
                for parameters in signatures.values())
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_ends_of_loops_are_computed_in_64_bits_where_the_index_is(file):
+    """What an int product in one of them would do shows past 2^31 elements only: here by reading.
+    """
+    ends = re.findall(r"GRID_STRIDE_LOOP\(\w+, (.*)\) {", (kernel_dir() / file).read_text())
+    assert ends
+    for end in ends:
+        assert re.fullmatch(r"\(index_t\)(n( \* \w+)+|\(\(size \+ 3\) / 4\))", end), end
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -147,6 +158,15 @@ def test_a_tensor_past_2_to_the_31_elements(cupy_backend):
     same(cupy_backend, cupy_backend.im2col(x, window), expected.reshape(8, 1))
 
 
+def test_strides_near_the_largest_int(cupy_backend, rng):
+    x = rng.integers(-3, 4, (1, 4, 5, 2)).astype(np.float32)
+    window = make_window("test", 2, 2, 0, 1, (4, 5))._replace(sh=2**31 - 1, sw=2**31 - 1)
+    cols = NUMPY.im2col(x, window)
+    same(cupy_backend, cupy_backend.im2col(cupy_backend.asarray(x), window), cols)
+    same(cupy_backend, cupy_backend.col2im(cupy_backend.asarray(cols), x.shape, window),
+         NUMPY.col2im(cols, x.shape, window))
+
+
 def test_a_misaligned_view_is_read_channel_by_channel(cupy_backend, rng):
     x = rng.standard_normal(1 + 2 * 4 * 4 * 4).astype(np.float32)
     window = make_window("test", 2, 2, 0, 1, (4, 4))
@@ -173,7 +193,7 @@ BUGS = {
                                      "(index_t)n * oh * ow * kh * kw * cv + 1)"),
     "col2im drops the last row of outputs": ("im2col.cu", "oy <= rows.last", "oy < rows.last"),
     "col2im ignores the dilation": ("im2col.cu", "if (kx % dw != 0) continue;", ""),
-    "windows start one early": ("common.cuh", "(start + stride - 1) / stride", "start / stride"),
+    "windows start one early": ("common.cuh", "(start - 1) / stride + 1", "start / stride"),
     "windows end one late": ("common.cuh", "< out ? padded / stride : out - 1",
                              "<= out ? padded / stride : out - 1"),
     "max pooling pads with zero": ("maxpool.cu", "none_yet || ", ""),

@@ -96,6 +96,17 @@ def test_a_weight_that_is_not_finite_stays_with_the_pixels_that_it_saw(value, ba
     cases.judge(case, cases.expected_conv(case), backend)
 
 
+@pytest.mark.parametrize("far", [8, 2**33])
+def test_steps_past_the_end_of_the_input_come_to_the_same(far, backend, rng):
+    x, w = (backend.asarray(rng.standard_normal(s)) for s in ((2, 5, 6, 2), (3, 1, 2, 3)))
+    y = backend.to_numpy(ops.conv2d(x, w, padding=1)[:, :1, :1])
+    far_apart = {"stride": far, "padding": 1, "dilation": (1, far)}
+    np.testing.assert_array_equal(backend.to_numpy(ops.conv2d(x, w, **far_apart)), y)
+    dx, _, _ = ops.conv2d_backward(backend.asarray(y), x, w, **far_apart)
+    assert not backend.to_numpy(dx)[:, 2:].any()
+    assert ops.max_pool2d(x, 2, stride=far)[0].shape == (2, 1, 1, 2)
+
+
 def test_the_mean_of_many_pixels_keeps_its_digits(backend):
     """h + w roundings, of a row and of the rows' sums, where h * w would leave two digits."""
     h, w = 1024, 512
