@@ -33,11 +33,9 @@ def activate(xp: Any, name: str | None, z: Array, slope: float = LEAKY_SLOPE) ->
     elif name == "tanh":
         xp.tanh(z, out=z)
     elif name == "sigmoid":
-        # 1 / (1 + exp(-z)) = (tanh(z / 2) + 1) / 2, which cannot overflow.
-        z *= 0.5
-        xp.tanh(z, out=z)
-        z *= 0.5
-        z += 0.5
+        # 1 / (1 + exp(-z)), for z < 0 as exp(z) / (1 + exp(z)): nothing overflows or cancels.
+        small = xp.exp(-xp.abs(z))
+        xp.divide(xp.where(z >= 0, z.dtype.type(1), small), 1 + small, out=z)
     return z
 
 

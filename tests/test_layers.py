@@ -177,6 +177,16 @@ def test_both_backends_agree(make, shape, rng):
         np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-5)
 
 
+def test_sigmoid_keeps_its_digits_far_from_0(backend):
+    z = np.linspace(-80, 80, 321)
+    layer = Sigmoid()
+    layer.build((321,))
+    y = backend.to_numpy(layer.forward(backend.asarray(z[None], np.float32)))
+    np.testing.assert_allclose(y[0], 1 / (1 + np.exp(-z)), rtol=1e-6)
+    far = layer.forward(backend.asarray([[-np.inf, -1e30, 1e30, np.inf, np.nan]], np.float32))
+    np.testing.assert_array_equal(backend.to_numpy(far)[0], [0, 0, 1, 1, np.nan])
+
+
 def test_dropout_draws_the_mask_of_its_key_and_step(backend):
     layer = Dropout(0.3)
     layer.build((1001,), seed=7)
