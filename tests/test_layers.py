@@ -140,11 +140,14 @@ def test_an_empty_batch_gives_an_empty_result(make, shape, backend):
     output_shape = layer.build(shape)
     empty = backend.xp.zeros((0, *shape), np.float32)
     assert layer.forward(empty).shape == (0, *output_shape)
-    if not layer.buffers():  # BatchNorm has no mean of nothing to train with
-        layer.flat_grad[...] = 7
-        dx = layer.backward(layer.forward(empty, training=True))
-        assert dx.shape == empty.shape
-        assert not layer.flat_grad.any()
+    layer.flat_grad[...] = 7
+    before = {name: part.own_buffers[key].copy()
+              for name, (part, key) in layer.buffers().items()}
+    dx = layer.backward(layer.forward(empty, training=True))
+    assert dx.shape == empty.shape
+    assert not layer.flat_grad.any()
+    for name, (part, key) in layer.buffers().items():
+        assert (part.own_buffers[key] == before[name]).all()  # no mean of nothing
 
 
 @TABLE

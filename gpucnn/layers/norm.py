@@ -50,7 +50,7 @@ class BatchNorm(Layer):
                              f"{x.shape}), weights expect {self.gamma.size}")
         xp = self.backend.xp
         rows = x.reshape(-1, x.shape[-1])
-        if training:
+        if training and len(rows):  # an empty batch has no statistics
             count = len(rows)
             if count < 2:
                 raise ValueError(f"{self.where}: needs more than 1 value per channel in training, "
@@ -71,7 +71,7 @@ class BatchNorm(Layer):
     def backward(self, dy: Array) -> Array:
         x_hat, inverse_std, shape = self.take_saved()
         dy = self.receive_gradient(dy, shape).reshape(x_hat.shape)
-        count = len(dy)
+        count = max(1, len(dy))
         dbeta, dgamma = self.backend.sum_rows(dy), self.backend.sum_rows(dy * x_hat)
         self.beta.grad[...] = dbeta
         self.gamma.grad[...] = dgamma
