@@ -1,6 +1,8 @@
 """Losses. Each holds the 1 / n of its mean; layers never divide by the batch size."""
 from __future__ import annotations
 
+import numpy as np
+
 from gpucnn.backend import Array, backend_of
 from gpucnn.ops import as_array, softmax_cross_entropy
 
@@ -20,38 +22,46 @@ class SoftmaxCrossEntropy:
 
 
 class MeanSquaredError:
-    """The mean of (y - t)^2 over all elements; y and t of one shape."""
+    """The mean of (y - t)^2 over all elements; y and t of one shape, both floats.
+
+    float16 is computed in float32; dy is float16 then, and the loss, a square, float32.
+    """
 
     def __call__(self, y: Array, t: Array) -> tuple[Array, Array]:
         """(loss, dy). Raises ValueError for other shapes or an empty batch."""
-        y, t = _receive(type(self).__name__, y, t)
+        dtype, y, t = _receive(type(self).__name__, y, t)
         error = y - t
-        return (error * error).mean(), error * (2 / error.size)
+        return (error * error).mean(), (error * (2 / error.size)).astype(dtype, copy=False)
 
 
 class BinaryCrossEntropy:
     """The mean of -t log s(z) - (1 - t) log(1 - s(z)) over all elements, s the sigmoid.
 
-    z are logits; t lie in [0, 1] and have the same shape.
+    z are logits; t are floats in [0, 1] and have the same shape. float16 as in MeanSquaredError.
     """
 
     def __call__(self, z: Array, t: Array) -> tuple[Array, Array]:
-        """(loss, dz). Raises ValueError for other shapes or an empty batch."""
-        z, t = _receive(type(self).__name__, z, t)
+        """(loss, dz). Raises ValueError for other shapes, an empty batch or t outside [0, 1]."""
+        dtype, z, t = _receive(type(self).__name__, z, t)
         xp = backend_of(z).xp
+        outside = (t < 0) | (t > 1)
+        if outside.any():
+            raise ValueError(f"{type(self).__name__}: targets must lie in [0, 1], got "
+                             f"{float(t[outside][0]):g}")
         # max(z, 0) - z t + log(1 + exp(-|z|)) is the same and cannot overflow.
         small = xp.exp(-xp.abs(z))
         loss = (xp.maximum(z, 0) - z * t + xp.log1p(small)).mean()
         sigmoid = xp.where(z >= 0, 1, small) / (1 + small)
-        return loss, (sigmoid - t) / z.size
+        return loss, ((sigmoid - t) / z.size).astype(dtype, copy=False)
 
 
-def _receive(where: str, y: Array, t: Array) -> tuple[Array, Array]:
-    y = as_array(where, "outputs", y)
-    backend = backend_of(y)
-    t = backend.asarray(t, y.dtype)
+def _receive(where: str, y: Array, t: Array) -> tuple[np.dtype, Array, Array]:
+    """y's dtype, and y and t in the one to compute with, on y's backend."""
+    y, t = as_array(where, "outputs", y), as_array(where, "targets", t)
     if t.shape != y.shape:
         raise ValueError(f"outputs have shape {y.shape}, targets {t.shape}; they must be equal")
     if y.size == 0:
         raise ValueError("loss of an empty batch is undefined (0 samples)")
-    return y, t
+    backend, dtype = backend_of(y), y.dtype.newbyteorder("=")
+    computed = np.promote_types(dtype, np.float32)
+    return dtype, backend.asarray(y, computed), backend.asarray(t, computed)

@@ -81,6 +81,31 @@ def test_large_logits_do_not_overflow(backend):
     np.testing.assert_array_equal(backend.to_numpy(gradient), [[0.5, -0.5]])
 
 
+def test_float16_is_computed_in_float32(backend):
+    y = backend.xp.full((2, 2), 300, np.float16)
+    value, gradient = MeanSquaredError()(y, backend.xp.zeros((2, 2), np.float16))
+    assert (float(value), gradient.dtype) == (90000, np.float16)
+    np.testing.assert_array_equal(backend.to_numpy(gradient), np.full((2, 2), 150))
+    value, gradient = BinaryCrossEntropy()(y, backend.xp.ones((2, 2), np.float16))
+    assert (float(value), value.dtype, gradient.dtype) == (0, np.float32, np.float16)
+
+
+@pytest.mark.parametrize("loss", [MeanSquaredError(), BinaryCrossEntropy()])
+@pytest.mark.parametrize(("targets", "message"), [
+    (np.ma.masked_array([[0.5, 1]], [[False, True]]), "MaskedArray; fill the mask first"),
+    (np.array([[0.5, 1j]]), "dtype complex128 of targets is not supported; use float16"),
+    (np.array([[0, 1]]), "int64; cast it with")], ids=["masked", "complex", "int"])
+def test_targets_are_checked_as_outputs_are(loss, targets, message):
+    with pytest.raises(TypeError, match=f"^{type(loss).__name__}: .*{message}"):
+        loss(np.zeros((1, 2)), targets)
+
+
+@pytest.mark.parametrize("wrong", [-0.25, 1.5])
+def test_probabilities_lie_between_0_and_1(wrong, backend):
+    with pytest.raises(ValueError, match=r"targets must lie in \[0, 1\], got " + f"{wrong}$"):
+        BinaryCrossEntropy()(backend.xp.zeros((1, 2)), backend.asarray([[0.5, wrong]]))
+
+
 @pytest.mark.parametrize("loss", [MeanSquaredError(), BinaryCrossEntropy()])
 def test_integer_outputs_are_refused(loss):
     """They would be subtracted as integers, and the targets cut to integers."""
