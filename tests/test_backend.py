@@ -363,6 +363,26 @@ def test_a_broken_file_is_named_with_line_and_architecture(cupy_backend):  # row
     assert any(str(n) in str(caught.value) for n in (broken, broken + 1))
 
 
+@pytest.mark.parametrize("error", [
+    ImportError("libnvrtc.so.12: cannot open shared object file"),
+    OSError("cannot load libnvrtc.so.12"),
+    RuntimeError("CuPy failed to load libnvrtc.so.12:\nOSError: no such file")], ids=type)
+def test_a_missing_compiler_says_what_to_install(error, cupy_backend, monkeypatch):  # row 48
+    other, raised = type(error)("something else"), [error]
+
+    def fail(**ignored):
+        raise raised[0]
+
+    monkeypatch.setattr(cupy_backend.xp, "RawModule", fail)
+    with mutated("maxpool.cu", "// Max", "// Another max"):
+        with pytest.raises(KernelError, match=r"^kernels/maxpool.cu: CuPy cannot load the CUDA "
+                                              r"compiler NVRTC \(.*nvrtc.*\); pip install"):
+            pool(cupy_backend)
+        raised[0] = other
+        with pytest.raises(type(other), match="^something else$"):
+            pool(cupy_backend)
+
+
 def test_a_folder_without_the_file_is_an_error(cupy_backend, tmp_path, monkeypatch):
     monkeypatch.setenv("GPUCNN_KERNEL_DIR", str(tmp_path))
     with pytest.raises(KernelError, match="maxpool.cu.*must hold a copy of the whole kernels"):

@@ -157,9 +157,10 @@ def compile_kernel(directory: Path, file: str, name: str, variant: Variant) -> A
         raise KernelError(f"kernels/{file} failed to compile for "
                           f"sm_{cupy.cuda.Device().compute_capability}: {cause}") from e
     except (ImportError, OSError, RuntimeError) as e:
-        if "nvrtc" not in str(e).lower():
+        reason = " ".join(str(e).split())
+        if "nvrtc" not in reason.lower():
             raise
-        raise KernelError(f"kernels/{file}: CuPy cannot load the CUDA compiler NVRTC ({e}); "
+        raise KernelError(f"kernels/{file}: CuPy cannot load the CUDA compiler NVRTC ({reason}); "
                           "pip install 'gpucnn[cuda12]' or 'gpucnn[cuda13]'") from e
 
 
