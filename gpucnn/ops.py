@@ -95,7 +95,8 @@ def max_pool2d(x: Array, size: IntOrPair, *, stride: IntOrPair | None = None,
 
     stride: None for the window's size. Padding counts as minus infinity. mask holds the place
     ky * kw + kx of the maximum in its window, the first in row-major order where several are
-    equal; one byte where a window has at most 255 places, else int32. NaN in gives NaN out.
+    equal; one byte where a window has at most 255 places, else int32. NaN in gives NaN out. 0.0
+    and -0.0 are equal, and y may be either where both are about.
     """
     where = "max_pool2d"
     backend, dtype, (x,) = _receive(where, x=x)

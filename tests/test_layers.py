@@ -199,6 +199,15 @@ def test_dropout_draws_the_mask_of_its_key_and_step(backend):
         np.testing.assert_array_equal(y != 0, drawn >= rng_module.drop_threshold(0.3))
 
 
+def test_what_dropout_drops_is_0_whatever_it_was(backend):  # faults row 11
+    layer = Dropout(0.5)
+    layer.build((1000,))
+    nan = backend.xp.full((1, 1000), np.nan, np.float32)
+    y = backend.to_numpy(layer.forward(nan, training=True))
+    dropped = rng_module.random_words(1000, layer.key) < rng_module.drop_threshold(0.5)
+    np.testing.assert_array_equal(y[0], np.where(dropped, 0, np.nan))
+
+
 def test_dropout_masks_are_new_each_step_and_the_same_in_backward(backend):
     layer = Dropout(0.3)
     layer.build((1000,), seed=7)

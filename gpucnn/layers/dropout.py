@@ -10,7 +10,7 @@ class Dropout(Layer):
 
     Srivastava et al. 2014. The mask is a function of the model's seed, the layer and the number of
     the training step (gpucnn.rng): the backward pass draws it again, and it is the same on every
-    backend. At other times the layer does nothing.
+    backend. At other times the layer does nothing. What is dropped is 0 whatever it was, NaN too.
     """
 
     kind = "dropout"
