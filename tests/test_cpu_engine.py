@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import threadpoolctl
 
-from gpucnn import losses, models, ops, optim, training
+from gpucnn import layers, losses, models, ops, optim, training
 from gpucnn.backend import make_backend, narrow_convolution, parallel, row_convolution
 from gpucnn.backend.recycling import _PATIENCE, Recycler
 from gpucnn.geometry import make_window
@@ -91,12 +91,15 @@ def results_of_everything() -> bytes:
     results += [y, mask, ops.max_pool2d_backward(y, mask, x.shape, 3, stride=2, padding=1)]
     y = ops.avg_pool2d(x, 3, stride=2, padding=1)
     results += [y, ops.avg_pool2d_backward(y, x.shape, 3, stride=2, padding=1)]
-    model = models.article(10)
-    model.build((12, 12, 8), seed=1)
-    optimizer = optim.Adam(model)
-    for _ in range(2):
-        training.train_step(model, losses.SoftmaxCrossEntropy(), optimizer, x, np.arange(9))
-    return b"".join(a.tobytes() for a in [*results, model.flat_data])
+    normed = layers.Sequential([layers.Conv2D(8), layers.BatchNorm(), layers.ReLU(),
+                                layers.GlobalAvgPool2D(), layers.Dense(10)])
+    for model in (models.article(10), normed):
+        model.build((12, 12, 8), seed=1)
+        optimizer = optim.Adam(model)
+        for _ in range(2):
+            training.train_step(model, losses.SoftmaxCrossEntropy(), optimizer, x, np.arange(9))
+        results.append(model.flat_data)
+    return b"".join(a.tobytes() for a in results)
 
 
 def test_results_do_not_depend_on_the_number_of_threads(monkeypatch):
