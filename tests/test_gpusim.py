@@ -250,6 +250,20 @@ def test_without_checks_the_results_are_the_same(monkeypatch):
     run_transpose()
 
 
+def test_nothing_of_the_real_cupy_stays_beside_the_stand_in():
+    script = """
+import sys, types
+for name in ("cupy", "cupy.linalg", "cupyx", "cupyx.scipy", "cupy_backends.cuda", "cupyish"):
+    sys.modules[name] = types.ModuleType(name)
+from tests import gpusim
+gpusim.install()
+print(*sorted(name for name in sys.modules if name.startswith("cupy")))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                            check=True, cwd=os.path.dirname(os.path.dirname(__file__)))
+    assert result.stdout.split() == ["cupy", "cupy.cuda", "cupyish"]
+
+
 def test_every_cupy_name_that_the_backend_uses_exists():
     """In the real CuPy, which only another process can import: the stand-in may be in its place."""
     script = """

@@ -12,5 +12,9 @@ def install() -> None:
     """Let `import cupy` give tests.gpusim.fake_cupy from now on, in the place of a real CuPy."""
     from tests.gpusim import fake_cupy
 
+    # cupyx loads itself at the first look at it, which torch takes, and would meet the stand-in.
+    for name in [n for n in sys.modules
+                 if n.partition(".")[0] in ("cupy", "cupyx", "cupy_backends")]:
+        del sys.modules[name]
     sys.modules["cupy"] = fake_cupy
     sys.modules["cupy.cuda"] = fake_cupy.cuda
