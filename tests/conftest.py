@@ -29,6 +29,7 @@ def pytest_report_header() -> str:
     return f"gpucnn: the cupy backend is not tested: {_NO_GPU}; and {_WHY_NOT}"
 
 
+needs_simulator = pytest.mark.skipif(not _SIMULATED, reason=_WHY_NOT or "there is a GPU to spare")
 needs_cupy = pytest.mark.skipif(not CUPY_RUNS, reason=f"{_NO_GPU}; {_WHY_NOT}")
 BACKENDS = ["numpy", pytest.param("cupy", marks=needs_cupy)]
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ import pytest
 from gpucnn.backend import cuda_kernel, make_backend
 from gpucnn.backend.cuda_kernel import Variant, kernel_dir, read_signatures, read_source
 from gpucnn.geometry import make_window
-from tests.conftest import CUPY_RUNS
+from tests.conftest import needs_simulator
 from tests.gpusim import nvrtc
 from tests.gpusim.mutation import mutated
 
@@ -213,6 +216,7 @@ BUGS = {
 }
 
 
+@needs_simulator
 @pytest.mark.parametrize("bug", LOOP_BUGS.values(), ids=LOOP_BUGS)
 def test_a_bug_in_the_grid_stride_loop_is_caught(cupy_backend, monkeypatch, bug):
     monkeypatch.setattr(cuda_kernel, "MAX_GRID", 2)
@@ -220,8 +224,23 @@ def test_a_bug_in_the_grid_stride_loop_is_caught(cupy_backend, monkeypatch, bug)
         check_all_kernels(cupy_backend, channels=13)
 
 
-@pytest.mark.skipif(not CUPY_RUNS, reason="needs a GPU or a C++ compiler")
+@needs_simulator
 @pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
 def test_a_planted_bug_is_caught(cupy_backend, bug):
     with mutated(*bug), pytest.raises((RuntimeError, AssertionError)):
         check_all_kernels(cupy_backend)
+
+
+def test_no_bug_is_planted_on_a_real_gpu(tmp_path):
+    """An access out of bounds breaks the CUDA context, and every test after it."""
+    (tmp_path / "cupy.py").write_text(
+        "import types\n"
+        "runtime = types.SimpleNamespace(getDeviceCount=lambda: 1, CUDARuntimeError=OSError)\n"
+        "cuda = types.SimpleNamespace(runtime=runtime)\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+         f"{__file__}::test_a_planted_bug_is_caught",
+         f"{__file__}::test_a_bug_in_the_grid_stride_loop_is_caught"],
+        cwd=kernel_dir().parent, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert result.stdout.splitlines()[-1].startswith(f"{len(BUGS | LOOP_BUGS)} skipped"), result.stdout
