@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from gpucnn.data import fashion_mnist
+from scripts import gpu_check
 from tests import gpusim
 from tests.conftest import CUPY_RUNS
 
@@ -254,6 +255,28 @@ def test_gpu_check_without_a_gpu_says_so(tmp_path):
     result = run("scripts.gpu_check", code=2, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert error_of(result) == ("gpucnn: error: gpu_check needs a GPU, but CuPy is not installed; "
                                 "pip install 'gpucnn[cuda12]' (or cuda13)")
+
+
+@pytest.mark.skipif(not gpusim.available()[0], reason=gpusim.available()[1])
+def test_gpu_check_without_pytest_says_so(tmp_path):
+    (tmp_path / "pytest.py").write_text("raise ModuleNotFoundError('no', name='pytest')")
+    result = run("tests.gpusim", "scripts.gpu_check", "--only", "tests", code=2,
+                 PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert error_of(result) == ("gpucnn: error: the tests need pytest; pip install -e '.[test]', "
+                                "or choose other sections with --only")
+
+
+def test_gpu_check_shows_what_tests_without_results_printed(monkeypatch):
+    monkeypatch.setattr(gpu_check, "run_child", lambda *args: (False, "no such option"))
+    assert gpu_check.run_tests(None, None) == {
+        "passed": False, "summary": "pytest left no results\nno such option"}
+
+
+def test_gpu_check_ends_what_takes_too_long():
+    sleeper = "import time; print('so far', flush=True); time.sleep(60)"
+    passed, output = gpu_check.run_child([sys.executable, "-c", sleeper], 2)
+    assert not passed
+    assert output == "so far\n\nended after 2 s"
 
 
 @pytest.mark.skipif(not gpusim.available()[0], reason=gpusim.available()[1])
