@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import gpucnn
 from gpucnn import cli, losses, metrics, optim
@@ -58,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: argparse.Namespace) -> None:
     backend = cli.choose_backend()
+    require_tqdm()
     require_matplotlib()
     train_set, test_set = cli.load_data(arguments)
     train_set = first(train_set, arguments.train_images)
@@ -120,10 +120,13 @@ def main(arguments: argparse.Namespace) -> None:
 
 def train_epoch(model, loss, optimizer, loader, epoch, arguments, history, last_good):
     """One pass over the training set: its mean loss and accuracy."""
+    from tqdm import tqdm
     seen = hits = 0
     total = 0.0
-    with tqdm(total=len(loader.dataset), unit="images", desc=f"epoch {epoch}/{arguments.epochs}",
-              disable=None, leave=False) as bar:
+    # tqdm's own format has no room for loss and accuracy in a terminal of 80 columns.
+    with tqdm(total=len(loader.dataset), desc=f"epoch {epoch}/{arguments.epochs}", unit=" images",
+              bar_format="{desc} |{bar}| {remaining} left, {rate_fmt}{postfix}", disable=None,
+              leave=False) as bar:
         for step, (x, t) in enumerate(loader.epoch(epoch - 1), 1):
             value, right = train_step(model, loss, optimizer, x, t, clip_norm=arguments.clip_norm)
             check_finite(value, epoch=epoch, step=step, learning_rate=optimizer.learning_rate,
@@ -131,10 +134,18 @@ def train_epoch(model, loss, optimizer, loader, epoch, arguments, history, last_
             history["step"].append(optimizer.steps)
             history["step_loss"].append(value)
             seen, hits, total = seen + len(t), hits + right, total + value * len(t)
+            bar.set_postfix_str(f"loss {total / seen:.4f}, accuracy {hits / seen:.4f}",
+                                refresh=False)
             bar.update(len(t))
-            bar.set_postfix(loss=f"{total / seen:.4f}", accuracy=f"{hits / seen:.4f}",
-                            refresh=False)
     return total / seen, hits / seen
+
+
+def require_tqdm() -> None:
+    """Raise ImportError with the remedy where tqdm is missing."""
+    try:
+        import tqdm  # noqa: F401
+    except ImportError as e:
+        raise ImportError("training needs tqdm; pip install 'gpucnn[train]'") from e
 
 
 def first(dataset: Dataset, n: int | None) -> Dataset:

@@ -1,11 +1,17 @@
 """The scripts as a user meets them: files, exit codes, and one line for each error."""
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -91,6 +97,28 @@ def test_default_run_folders_do_not_collide(tmp_path):
         assert (tmp_path / folder / "model.safetensors").exists()
     assert len(list((tmp_path / "runs").iterdir())) == 2
     assert "model runs/" in run("scripts.evaluate", cwd=tmp_path).stderr
+
+
+def test_the_progress_bar_fits_80_columns(tmp_path):
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.train", "--epochs", "1", "--train-images", "512",
+         "--test-images", "1", "--out", str(tmp_path / "run")], cwd=ROOT,
+        stdout=subprocess.DEVNULL, stderr=end, env={**os.environ, "GPUCNN_BACKEND": "numpy"})
+    os.close(end)
+    output = b""
+    with contextlib.suppress(OSError):  # the other end was closed
+        while data := os.read(terminal, 4096):
+            output += data
+    os.close(terminal)
+    assert process.wait() == 0, output
+    bars = [bar for bar in output.decode().split("\r") if "loss" in bar]
+    assert len(bars) > 1
+    for bar in bars:
+        assert len(bar) <= 80
+        assert re.fullmatch(r"epoch 1/1 \|.+\| \d\d:\d\d left, +[\d.]+ images/s, loss \d\.\d{4}, "
+                            r"accuracy 0\.\d{4}", bar), bar
 
 
 def test_evaluate(trained, tmp_path):
@@ -181,6 +209,14 @@ def test_data_that_is_missing_is_named(tmp_path):  # row 29
     assert "train-images-idx3-ubyte.gz" in error_of(result)
     result = run("scripts.train", "--data-dir", tmp_path, code=2)
     assert "--data-dir goes with --data full" in error_of(result)
+
+
+def test_training_without_tqdm_says_so(tmp_path):
+    (tmp_path / "tqdm.py").write_text("raise ModuleNotFoundError('no', name='tqdm')")
+    settings = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    result = run("scripts.train", *SMALL, code=1, **settings)
+    assert error_of(result) == "gpucnn: error: training needs tqdm; pip install 'gpucnn[train]'"
+    run("scripts.train", "--help", **settings)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
