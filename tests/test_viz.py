@@ -1,3 +1,4 @@
+import itertools
 import os
 import subprocess
 import sys
@@ -49,6 +50,16 @@ def test_curves_show_what_the_history_holds(tmp_path, saved):
         assert axes.get_xlabel() == "epoch"
         assert unit in axes.get_ylabel()
         assert axes.get_legend() is not None
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 1000])
+def test_the_legends_lie_on_nothing(tmp_path, saved, epochs):
+    viz.plot_curves(history(epochs), tmp_path / "curves.png")
+    saved[0].draw_without_rendering()  # places what saving has moved
+    boxes = [box for axes in saved[0].axes for box in (
+        axes.bbox, axes.xaxis.label.get_window_extent(), axes.get_legend().get_window_extent())]
+    for first, second in itertools.combinations(boxes, 2):
+        assert not first.overlaps(second)
 
 
 def test_a_wild_step_does_not_squeeze_the_curves(tmp_path, saved):

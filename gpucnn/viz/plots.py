@@ -152,7 +152,9 @@ def _label(axes: Axes, title: str, y_label: str) -> None:
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=_TEXT_SIZE - 1, frameon=False)
+    # Below the axes, where no curve can pass through it.
+    axes.legend(fontsize=_TEXT_SIZE - 1, frameon=False, loc="upper left",
+                bbox_to_anchor=(0, -0.16), borderaxespad=0)
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
