@@ -16,7 +16,7 @@ import numpy as np
 
 from gpucnn.backend import Backend, get_backend
 from gpucnn.data import Dataset, fashion_mnist
-from gpucnn.errors import BackendError, DataError, GpucnnError
+from gpucnn.errors import BackendError, DataError, GpucnnError, ModelFormatError
 from gpucnn.files import one_line
 from gpucnn.layers import Layer
 from gpucnn.models import load_model
@@ -95,10 +95,11 @@ def add_run_argument(parser: argparse.ArgumentParser) -> None:
                         help="a run folder or a .safetensors file (default: the newest of runs/)")
 
 
-def load_run(path: Path | None) -> tuple[Layer, dict[str, Any]]:
-    """The model of a run, and its metadata; says which on standard error.
+def load_run(path: Path | None) -> tuple[Layer, list[str]]:
+    """The model of a run, and the names of its classes or else their numbers.
 
-    Raises DataError where there is none.
+    Says on standard error which run. Raises DataError where there is none, ModelFormatError where
+    the names are none.
     """
     if path is None:
         runs = sorted(Path("runs").glob(f"*/{MODEL_FILE}"), key=lambda p: p.stat().st_mtime)
@@ -112,7 +113,13 @@ def load_run(path: Path | None) -> tuple[Layer, dict[str, Any]]:
         raise DataError(f"{one_line(path)}: no such model; give a run folder or a .safetensors "
                         "file with --run")
     print(f"gpucnn: model {one_line(path)}", file=sys.stderr)
-    return load_model(path)
+    model, metadata = load_model(path)
+    n = model.output_shape[0]
+    names = metadata.get("class_names", [str(i) for i in range(n)])
+    if not (isinstance(names, list) and len(names) == n and all(isinstance(s, str) for s in names)):
+        raise ModelFormatError(f"{one_line(path.with_suffix('.json'))}: class_names must be {n} "
+                               f"strings, got {names!r}")
+    return model, names
 
 
 def positive_int(text: str) -> int:

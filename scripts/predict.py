@@ -27,9 +27,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: argparse.Namespace) -> int:
     cli.choose_backend()
-    model, metadata = cli.load_run(arguments.run)
+    model, classes = cli.load_run(arguments.run)
     h, w, c = model.input_shape
-    names = metadata.get("class_names") or [str(i) for i in range(model.output_shape[0])]
     images, readable = [], []
     for path in arguments.images:
         try:
@@ -42,7 +41,7 @@ def main(arguments: argparse.Namespace) -> int:
         probabilities = predict(model, 1 - x if arguments.invert else x, readable)
         for name, row in zip(readable, probabilities):
             best = np.argsort(-row)[:arguments.top]
-            print(f"{name}: " + ", ".join(f"{names[k]} {row[k]:.1%}" for k in best))
+            print(f"{name}: " + ", ".join(f"{classes[k]} {row[k]:.1%}" for k in best))
     return 1 if len(images) < len(arguments.images) else 0
 
 

@@ -153,6 +153,15 @@ DESCRIPTIONS = {
                          b' 3}}', "Residual: 3 is not a layer"),
     "layers is text": (b'{"format": 1, "gpucnn": "0.1.0", "model": {"class": "Sequential", "layers"'
                        b': "x"}}', "Sequential: 'x' is not a layer"),
+    "deep": (b"[" * 100_000, "not the description of a gpucnn model .maximum recursion"),
+    "format true": (b'{"format": true, "gpucnn": "0.1.0"}', "format must be an int >= 1, got True"),
+    "format 0": (b'{"format": 0, "gpucnn": "0.1.0"}', "format must be an int >= 1, got 0"),
+    "no metadata": (b'{"format": 1, "gpucnn": "0.1.0", "metadata": null}',
+                    "metadata must be an object, got None"),
+    "deep model": (b'{"format": 1, "gpucnn": "0.1.0", "model": ' + 400 * b'{"class": "Sequential", '
+                   b'"layers": [' + b'{"class": "ReLU"}' + 400 * b"]}" + b"}", "maximum recursion"),
+    "huge": (b'{"format": 1, "gpucnn": "0.1.0", "model": {"class": "Dense", "units": 1000000}, '
+             b'"input_shape": [1000000000], "dtype": "float32"}', "Unable to allocate"),
     "bad shape": (b'{"format": 1, "gpucnn": "0.1.0", "model": {"class": "ReLU"}, "input_shape": '
                   b'[-1], "dtype": "float32"}', "input_shape must be ints >= 1"),
 }

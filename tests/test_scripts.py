@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -154,6 +155,18 @@ def test_predict(trained, tmp_path):
     Image.fromarray(np.full((28, 28), np.nan, np.float32)).save(holes)  # row 11
     result = run("scripts.predict", good, holes, "--run", out, code=1)
     assert error_of(result) == f"gpucnn: error: image 1 ({holes}) holds 784 NaN values"
+
+
+@pytest.mark.parametrize("names", [["one"], 5, None, list(range(10))], ids=str)
+def test_class_names_that_do_not_fit_are_refused(trained, tmp_path, names):
+    for file in ("model.safetensors", "model.json"):
+        shutil.copy(trained[0] / file, tmp_path)
+    description = json.loads((tmp_path / "model.json").read_text())
+    description["metadata"]["class_names"] = names
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    result = run("scripts.predict", "x.png", "--run", tmp_path, code=1)
+    assert error_of(result) == (f"gpucnn: error: {tmp_path / 'model.json'}: class_names must be 10 "
+                                f"strings, got {names}")
 
 
 USAGE = {

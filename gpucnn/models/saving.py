@@ -61,11 +61,12 @@ def load_model(path: PathLike) -> tuple[Layer, dict[str, Any]]:
     try:
         model = from_config(description["model"])
         model.build(tuple(description["input_shape"]), dtype=description["dtype"])
-    except (KeyError, TypeError, ValueError, ModelFormatError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError, MemoryError, RecursionError,
+            ModelFormatError) as e:
         cause = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) else e
         raise ModelFormatError(f"{one_line(path.with_suffix('.json'))}: {cause}") from e
     load_weights(model, path)
-    return model, description.get("metadata", {})
+    return model, description["metadata"]
 
 
 def load_weights(model: Layer, path: PathLike) -> None:
@@ -109,10 +110,15 @@ def _read_description(path: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_bytes())
         written, version = description["format"], description["gpucnn"]
-    except (ValueError, KeyError, TypeError) as e:
+        metadata = description.setdefault("metadata", {})
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise ModelFormatError(f"{one_line(path)}: not the description of a gpucnn model "
                                f"({one_line(e)})") from e
-    if not isinstance(written, int) or written > FORMAT:
+    if type(written) is not int or written < 1:
+        raise ModelFormatError(f"{one_line(path)}: format must be an int >= 1, got {written!r}")
+    if not isinstance(metadata, dict):
+        raise ModelFormatError(f"{one_line(path)}: metadata must be an object, got {metadata!r}")
+    if written > FORMAT:
         raise CheckpointError(f"{one_line(path)}: written by gpucnn {version} (format {written}); "
                               f"this is {__version__} (format {FORMAT}); pip install -U gpucnn")
     return description
