@@ -4,6 +4,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
+
 from gpucnn import cli, metrics
 from gpucnn.data import Loader
 from gpucnn.training import evaluate
@@ -25,6 +27,9 @@ def main(arguments: argparse.Namespace) -> None:
     model, _ = cli.load_run(arguments.run)
     _, test_set = cli.load_data(arguments)
     result = evaluate(model, Loader(test_set, arguments.batch_size).epoch())
+    if not np.isfinite(result.loss):
+        raise ValueError(f"the loss is {result.loss}; the model may have diverged: train it again "
+                         "with a lower learning rate")
     names = test_set.class_names
     matrix = metrics.confusion_matrix(result.labels, result.predictions, len(names))
     print(f"{test_set.name}: {len(test_set):,} images, accuracy {result.accuracy:.4f}, "

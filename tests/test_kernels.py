@@ -243,4 +243,5 @@ def test_no_bug_is_planted_on_a_real_gpu(tmp_path):
          f"{__file__}::test_a_bug_in_the_grid_stride_loop_is_caught"],
         cwd=kernel_dir().parent, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert result.stdout.splitlines()[-1].startswith(f"{len(BUGS | LOOP_BUGS)} skipped"), result.stdout
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith(f"{len(BUGS | LOOP_BUGS)} skipped"), result.stdout

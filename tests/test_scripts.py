@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from gpucnn.data import fashion_mnist
+from gpucnn.models import load_model, save_model
 from scripts import gpu_check
 from tests import gpusim
 from tests.conftest import CUPY_RUNS
@@ -167,6 +168,21 @@ def test_class_names_that_do_not_fit_are_refused(trained, tmp_path, names):
     result = run("scripts.predict", "x.png", "--run", tmp_path, code=1)
     assert error_of(result) == (f"gpucnn: error: {tmp_path / 'model.json'}: class_names must be 10 "
                                 f"strings, got {names}")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
+def test_a_model_that_has_diverged_says_so(trained, tmp_path, value):
+    model, metadata = load_model(trained[0] / "model.safetensors")
+    model.parameters()["conv1/w"].data[...] = value
+    save_model(model, tmp_path / "model.safetensors", **metadata)
+    good = tmp_path / "good.png"
+    Image.fromarray(np.full((28, 28), 100, np.uint8)).save(good)
+    for script, found in ((("scripts.predict", good), f"probabilities of image 0 ({good}) are not "
+                           "finite"), (("scripts.evaluate",), "loss is nan")):
+        result = run(*script, "--run", tmp_path, code=1)
+        assert error_of(result).startswith(f"gpucnn: error: the {found}; the model may have diver")
+        assert len(result.stderr.splitlines()) == 3  # the backend, the run, and the error
+        assert not result.stdout
 
 
 USAGE = {

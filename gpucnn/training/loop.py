@@ -75,8 +75,9 @@ def evaluate(model: Layer, batches: Batches) -> Evaluation:
     for x, t in batches:
         if not len(t):
             continue
-        logits = model.forward(_receive(model, x))
-        value, _ = loss(logits, t)
+        with np.errstate(over="ignore", invalid="ignore"):  # the loss shows it
+            logits = model.forward(_receive(model, x))
+            value, _ = loss(logits, t)
         total += float(value) * len(t)
         labels.append(np.asarray(t))
         predictions.append(model.backend.to_numpy(logits.argmax(axis=1)))
@@ -89,17 +90,26 @@ def evaluate(model: Layer, batches: Batches) -> Evaluation:
 def predict(model: Layer, x: np.ndarray, names: list[str] | None = None) -> np.ndarray:
     """The probability of each class for images x (n, h, w, c) on the host: float32 (n, classes).
 
-    names: how to call the images in a message. Raises ValueError for an image that holds NaN.
+    names: how to call the images in a message. Raises ValueError for an image that holds NaN, or
+    whose probabilities are not finite.
     """
+    def called(i: int) -> str:
+        return f"image {i} ({names[i]})" if names else f"image {i}"
+
     x = as_array(model.where, "input", x)
     for i, image in enumerate(x):
         wrong = int(np.isnan(image).sum())
         if wrong:
-            name = f" ({names[i]})" if names else ""
-            raise ValueError(f"image {i}{name} holds {wrong} NaN values")
+            raise ValueError(f"{called(i)} holds {wrong} NaN values")
     backend = model.backend
-    logits = model.forward(_receive(model, x))
-    return backend.to_numpy(backend.xp.exp(log_softmax(backend.xp, logits)))
+    with np.errstate(over="ignore", invalid="ignore"):  # the probabilities show it
+        logits = model.forward(_receive(model, x))
+        probabilities = backend.to_numpy(backend.xp.exp(log_softmax(backend.xp, logits)))
+    for i, row in enumerate(probabilities):
+        if not np.isfinite(row).all():
+            raise ValueError(f"the probabilities of {called(i)} are not finite; the model may have "
+                             "diverged: train it again with a lower learning rate")
+    return probabilities
 
 
 def _receive(model: Layer, x: Any) -> Array:
