@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from gpucnn.layers import Layer
 from gpucnn.models import load_model
 
 MODEL_FILE = "model.safetensors"
+Number = TypeVar("Number", int, float)
 
 
 class UsageError(Exception):
@@ -124,7 +125,7 @@ def load_run(path: Path | None) -> tuple[Layer, list[str]]:
 
 def positive_int(text: str) -> int:
     """An argparse type."""
-    value = int(text)
+    value = _number(int, text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be >= 1, got {text}")
     return value
@@ -132,10 +133,34 @@ def positive_int(text: str) -> int:
 
 def positive_float(text: str) -> float:
     """An argparse type."""
-    value = float(text)
+    value = _number(float, text)
     if not (value > 0 and np.isfinite(value)):
         raise argparse.ArgumentTypeError(f"must be > 0 and finite, got {text}")
     return value
+
+
+def share(text: str) -> float:
+    """An argparse type."""
+    value = _number(float, text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 0 and < 1, got {text}")
+    return value
+
+
+def seed(text: str) -> int:
+    """An argparse type."""
+    value = _number(int, text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 2**32 - 1, got {text}")
+    return value
+
+
+def _number(kind: type[Number], text: str) -> Number:
+    try:
+        return kind(text)
+    except ValueError as e:
+        what = "an int" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"must be {what}, got {text}") from e
 
 
 def _terminate(number: int, frame: Any) -> None:

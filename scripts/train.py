@@ -5,6 +5,8 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 
 import gpucnn
 from gpucnn import cli, losses, metrics, optim
+from gpucnn.backend import Backend
 from gpucnn.data import Dataset, Loader
 from gpucnn.files import write_atomically
 from gpucnn.models import MODELS, save_model
@@ -40,11 +43,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="(default: %(default)s)")
     p.add_argument("--learning-rate", type=cli.positive_float, metavar="ETA",
                    help="(default: the optimizer's own)")
-    p.add_argument("--label-smoothing", type=float, default=0.0, metavar="S",
+    p.add_argument("--label-smoothing", type=cli.share, default=0.0, metavar="S",
                    help="share of each label given to all classes (default: %(default)s)")
     p.add_argument("--clip-norm", type=cli.positive_float, metavar="NORM",
                    help="scale gradients down to this joint norm (default: do not)")
-    p.add_argument("--seed", type=int, default=0,
+    p.add_argument("--seed", type=cli.seed, default=0,
                    help="of initial weights, shuffling and dropout (default: %(default)s)")
     p.add_argument("--train-images", type=cli.positive_int, metavar="N",
                    help="train on the first N images only")
@@ -62,7 +65,14 @@ def main(arguments: argparse.Namespace) -> None:
     train_set, test_set = cli.load_data(arguments)
     train_set = first(train_set, arguments.train_images)
     test_set = first(test_set, arguments.test_images)
+    with run_folder(arguments) as run:
+        train(arguments, backend, train_set, test_set, run)
+    print(run)
 
+
+def train(arguments: argparse.Namespace, backend: Backend, train_set: Dataset, test_set: Dataset,
+          run: Path) -> None:
+    """Train as the arguments say, and leave all that comes of it in the folder `run`."""
     model = MODELS[arguments.model](train_set.n_classes)
     model.build(train_set.images.shape[1:], seed=arguments.seed)
     loss = losses.SoftmaxCrossEntropy(arguments.label_smoothing)
@@ -71,7 +81,6 @@ def main(arguments: argparse.Namespace) -> None:
         options = options | {"learning_rate": arguments.learning_rate}
     optimizer = make_optimizer(model, **options)
     loader = Loader(train_set, arguments.batch_size, seed=arguments.seed)
-    run = make_run_folder(arguments)
     print(f"{arguments.model}: {sum(p.size for p in model.parameters().values()):,} parameters; "
           f"{len(train_set):,} training and {len(test_set):,} test images; "
           f"{arguments.optimizer}, learning rate {optimizer.learning_rate:g}, batches of "
@@ -115,7 +124,6 @@ def main(arguments: argparse.Namespace) -> None:
         "test_images": len(test_set), "versions": {
             "gpucnn": gpucnn.__version__, "python": platform.python_version(),
             "numpy": np.__version__, backend.name: backend.xp.__version__}})
-    print(run)
 
 
 def train_epoch(model, loss, optimizer, loader, epoch, arguments, history, last_good):
@@ -152,8 +160,12 @@ def first(dataset: Dataset, n: int | None) -> Dataset:
     return Dataset(dataset.images[:n], dataset.labels[:n], dataset.class_names, dataset.name)
 
 
-def make_run_folder(arguments: argparse.Namespace) -> Path:
-    """--out, or a new folder named by the time. Raises FileExistsError where a run is there."""
+@contextmanager
+def run_folder(arguments: argparse.Namespace) -> Iterator[Path]:
+    """--out, or a new folder named by the time; gone again if nothing is written into it.
+
+    Raises FileExistsError where a run is there.
+    """
     if arguments.out is None:
         runs = Path("runs")
         name = f"{arguments.model}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -163,8 +175,14 @@ def make_run_folder(arguments: argparse.Namespace) -> Path:
         run = arguments.out
         if (run / cli.MODEL_FILE).exists():
             raise FileExistsError(f"{run} already holds a run; choose another --out")
+    new = [folder for folder in (run, *run.parents) if not folder.exists()]
     run.mkdir(parents=True, exist_ok=True)
-    return run
+    try:
+        yield run
+    finally:
+        with suppress(OSError):  # it holds something
+            for folder in new:
+                folder.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -189,6 +189,12 @@ USAGE = {
     "a value": (("--epochs", "0"), "argument --epochs: must be >= 1, got 0"),
     "a word": (("--optimizer", "best"), "invalid choice: 'best'"),
     "a rate": (("--learning-rate", "nan"), "--learning-rate: must be > 0 and finite, got nan"),
+    "no int": (("--epochs", "x"), "argument --epochs: must be an int, got x"),
+    "no number": (("--clip-norm", "x"), "argument --clip-norm: must be a number, got x"),
+    "a seed": (("--seed", "-1"), "argument --seed: must be from 0 to 2**32 - 1, got -1"),
+    "a large seed": (("--seed", 2**32), "--seed: must be from 0 to 2**32 - 1, got 4294967296"),
+    "a share": (("--label-smoothing", "5"), "--label-smoothing: must be >= 0 and < 1, got 5"),
+    "no share": (("--label-smoothing", "nan"), "--label-smoothing: must be >= 0 and < 1, got nan"),
 }
 
 
@@ -231,6 +237,9 @@ def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path):  # row 12
     message = error_of(result)
     assert "at epoch 1 step " in message
     assert "(lr 1e+30); no model was saved yet; lower the learning rate or use --clip" in message
+    run("scripts.train", *SMALL, "--model", "article", "--optimizer", "sgd", "--learning-rate",
+        "1e30", cwd=tmp_path, code=1)
+    assert not list(tmp_path.iterdir())  # neither that folder nor a new one under runs/
 
 
 def test_data_that_is_missing_is_named(tmp_path):  # row 29
@@ -263,6 +272,7 @@ def test_signals(number, code, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
     assert "Traceback" not in errors
+    assert not out.exists()
 
 
 def test_a_reader_that_goes_away_is_no_error(trained):
