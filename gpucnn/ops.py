@@ -217,10 +217,11 @@ def as_array(where: str, name: str, value: Any) -> Array:
 
 def _plain_array(what: str, value: Any) -> Array:
     """value as an array of NumPy or CuPy of any dtype, without a mask."""
-    if isinstance(value, (np.ma.MaskedArray, np.matrix)):
-        remedy = "fill the mask first with x.filled(0)" if isinstance(
-            value, np.ma.MaskedArray) else "use numpy.asarray(x)"
-        raise TypeError(f"{what} is {type(value).__module__}.{type(value).__name__}; {remedy}")
+    for kind, called, remedy in (
+            (np.ma.MaskedArray, "numpy.ma.MaskedArray", "fill the mask first with x.filled(0)"),
+            (np.matrix, "numpy.matrix", "use numpy.asarray(x)")):
+        if isinstance(value, kind):
+            raise TypeError(f"{what} is {called}; {remedy}")
     if isinstance(value, np.ndarray) or backend_of(value).name == "cupy":
         return value
     if isinstance(value, (list, tuple, int, float, np.generic)):
