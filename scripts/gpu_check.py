@@ -21,6 +21,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for python scripts/gpu_check.py
+
 import numpy as np
 
 import gpucnn

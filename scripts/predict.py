@@ -5,6 +5,8 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for python scripts/predict.py
+
 import numpy as np
 
 from gpucnn import cli

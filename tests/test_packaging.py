@@ -83,6 +83,15 @@ def test_bare_checkout(source, tmp_path):
     look_around(source, tmp_path)
 
 
+@pytest.mark.parametrize("script", ["train", "evaluate", "predict", "benchmark", "gpu_check"])
+def test_scripts_of_a_bare_checkout(script, source, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(Path(np.__file__).parents[1])}
+    result = subprocess.run(
+        [sys.executable, "-S", str(source / "scripts" / f"{script}.py"), "--help"], cwd=tmp_path,
+        text=True, capture_output=True, check=False, env=environment)
+    assert result.stdout.startswith(f"usage: {script}.py"), result.stderr
+
+
 def test_wheel(source, tmp_path):
     installed = unpack(build(source, "wheel", tmp_path), tmp_path / "installed")
     look_around(installed, tmp_path)
