@@ -32,7 +32,11 @@ def write_atomically(path: PathLike, data: bytes) -> None:
     Raises OSError.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.",
+                                             suffix=".tmp")
+    except OSError as e:  # which names the temporary file
+        raise OSError(e.errno, e.strerror, str(path)) from e
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

@@ -11,8 +11,9 @@ import numpy as np
 
 from gpucnn import cli, metrics
 from gpucnn.data import Loader
+from gpucnn.files import one_line
 from gpucnn.training import evaluate
-from gpucnn.viz import plot_confusion
+from gpucnn.viz import plot_confusion, require_matplotlib
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,6 +27,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    if arguments.plot:
+        require_matplotlib()
+        if not arguments.plot.parent.is_dir():
+            raise cli.UsageError(f"--plot: {one_line(arguments.plot.parent)} is not a folder")
     cli.choose_backend()
     model, _ = cli.load_run(arguments.run)
     _, test_set = cli.load_data(arguments)

@@ -321,8 +321,8 @@ def nowhere(tmp_path, monkeypatch):
     monkeypatch.delenv("GPUCNN_DATA_DIR", raising=False)
     monkeypatch.setattr(fashion_mnist, "DEBIAN_DIR", tmp_path / "debian")
     monkeypatch.setattr(fashion_mnist, "BASE_URL", "http://127.0.0.1:9/")  # nobody listens there
-    pooch = pytest.importorskip("pooch")
-    monkeypatch.setattr(pooch, "os_cache", lambda project: tmp_path / "cache" / project)
+    pytest.importorskip("pooch")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return tmp_path / "cache" / "gpucnn" / "fashion-mnist"
 
@@ -415,6 +415,15 @@ def test_download_once_then_read_the_cache(server, nowhere):
     assert sorted(p.name for p in nowhere.iterdir()) == sorted(fashion_mnist.SHA256)
     assert counts(fashion_mnist.load()) == (5, 3)
     assert len(server) == 4
+
+
+def test_a_complete_cache_needs_no_pooch(server, nowhere, monkeypatch):
+    fashion_mnist.load()
+    monkeypatch.setitem(sys.modules, "pooch", None)
+    assert counts(fashion_mnist.load()) == (5, 3)
+    (nowhere / "t10k-images-idx3-ubyte.gz").write_bytes(b"damaged")
+    with pytest.raises(DataError, match="needs pooch"):
+        fashion_mnist.load()
 
 
 def test_a_damaged_file_in_the_cache_is_fetched_again(server, nowhere):

@@ -133,6 +133,13 @@ def test_evaluate(trained, tmp_path):
     assert (tmp_path / "c.png").exists()
 
 
+def test_evaluate_looks_for_the_folder_of_the_picture_first(trained, tmp_path):
+    result = run("scripts.evaluate", "--run", trained[0], "--plot", tmp_path / "none" / "c.png",
+                 code=2)
+    assert error_of(result) == f"gpucnn: error: --plot: {tmp_path / 'none'} is not a folder"
+    assert not result.stdout
+
+
 def test_predict(trained, tmp_path):
     out, _ = trained
     _, test_set = fashion_mnist.load(subset=True)

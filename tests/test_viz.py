@@ -134,6 +134,11 @@ def test_a_failed_write_leaves_the_old_picture_and_no_litter(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_picture_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none/c\.png'$"):
+        viz.plot_curves(history(), tmp_path / "none" / "c.png")
+
+
 def test_neither_pyplot_nor_the_settings_are_touched(tmp_path):
     script = (
         "import sys, matplotlib, numpy as np\n"
