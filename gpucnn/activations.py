@@ -46,8 +46,9 @@ def activation_backward(xp: Any, name: str | None, da: Array, a: Array,
         return zero_where(a <= 0, da)  # which NaN is not
     if name == "leaky_relu":
         return da * xp.where(a > 0, da.dtype.type(1), da.dtype.type(slope))
-    if name == "tanh":
-        return da * (1 - a * a)
-    if name == "sigmoid":
-        return da * (a * (1 - a))
+    if name in ("tanh", "sigmoid"):  # 1 - a^2, a - a^2
+        slopes = a * a
+        xp.subtract(1 if name == "tanh" else a, slopes, out=slopes)
+        slopes *= da
+        return slopes
     return da

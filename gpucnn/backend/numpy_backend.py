@@ -44,9 +44,9 @@ class NumpyBackend:
         return self._recycler.empty(shape, dtype)
 
     def blocks(self, n: int, item_bytes: int, least_bytes: int = 0) -> list[slice]:
-        count = -(-n * item_bytes // max(self.block_bytes, least_bytes))
+        count = max(1, n * item_bytes // max(self.block_bytes, least_bytes))
         if count < 16:  # a power of two: threads that share out few blocks get as many each
-            count = 1 << max(0, count - 1).bit_length()
+            count = 1 << (count - 1).bit_length()
         return blocks_of(n, -(-n // count))
 
     def for_each(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
@@ -149,11 +149,16 @@ class NumpyBackend:
         seen = _pixels_seen(x_shape, window, dy.dtype)
 
         def share_out(n: slice) -> None:
+            share = dy[n] / seen
+            if _tiles(window, x_shape):
+                rows = np.repeat(share, window.kw, axis=2)
+                dx[n].reshape(*rows.shape[:2], window.kh, -1)[...] = rows.reshape(
+                    *rows.shape[:2], 1, -1)
+                return
             padded = parallel.scratch("padded", _padded_shape(dx[n].shape, window), dx.dtype)
             rows = parallel.scratch("rows", (len(padded), dy.shape[1], *padded.shape[2:]), dx.dtype)
             rows[...] = 0
             padded[...] = 0
-            share = dy[n] / seen
             for taps in _taps(rows, 2, window.kw, window.sw, dy.shape[2]):
                 taps += share
             for taps in _taps(padded, 1, window.kh, window.sh, dy.shape[1]):
@@ -245,6 +250,12 @@ def _padded_shape(x_shape: tuple[int, ...], window: Window) -> tuple[int, int, i
 
 def _is_padded(window: Window) -> bool:
     return any((window.top, window.bottom, window.left, window.right))
+
+
+def _tiles(window: Window, x_shape: tuple[int, ...]) -> bool:
+    """Whether each pixel is seen by exactly one window."""
+    (kh, kw, sh, sw), (_, h, w, _) = window[:4], x_shape
+    return not _is_padded(window) and (kh, kw) == (sh, sw) and h % kh == w % kw == 0
 
 
 def _pad(x: np.ndarray, window: Window, value: float = 0) -> np.ndarray:
