@@ -233,6 +233,15 @@ def test_batch_norm_follows_the_statistics(backend, rng):
     np.testing.assert_allclose(y.std(0), 1, atol=0.02)
 
 
+@pytest.mark.parametrize("kind", [BatchNorm, GlobalAvgPool2D])
+def test_float32_stays_float32_for_a_mean_of_many(kind):
+    """NumPy 1.26 divides float32 by an int beyond 65535 as float64."""
+    layer = kind()
+    layer.build((256, 257, 1))
+    y = layer.forward(np.ones((1, 256, 257, 1), np.float32), training=True)
+    assert y.dtype == layer.backward(y).dtype == np.float32
+
+
 def test_weights_come_first_in_the_flat_array():
     layer = Sequential([Conv2D(2, 1), BatchNorm(), Flatten(), Dense(3)])
     layer.build((2, 2, 3))

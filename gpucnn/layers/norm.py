@@ -51,7 +51,8 @@ class BatchNorm(Layer):
         xp = self.backend.xp
         rows = x.reshape(-1, x.shape[-1])
         if training and len(rows):  # an empty batch has no statistics
-            count = len(rows)
+            # A float: with NumPy 1.26 float32 / an int beyond 65535 is float64.
+            count = float(len(rows))
             if count < 2:
                 raise ValueError(f"{self.where}: needs more than 1 value per channel in training, "
                                  f"got input {x.shape}")
@@ -71,7 +72,7 @@ class BatchNorm(Layer):
     def backward(self, dy: Array) -> Array:
         x_hat, inverse_std, shape = self.take_saved()
         dy = self.receive_gradient(dy, shape).reshape(x_hat.shape)
-        count = max(1, len(dy))
+        count = float(max(1, len(dy)))
         dbeta, dgamma = self.backend.sum_rows(dy), self.backend.sum_rows(dy * x_hat)
         self.beta.grad[...] = dbeta
         self.gamma.grad[...] = dgamma

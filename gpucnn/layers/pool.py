@@ -89,14 +89,14 @@ class GlobalAvgPool2D(Layer):
         self.save(training, x.shape)
         # Products with ones, along a row and then over the rows: see numerics.sum_rows.
         xp, (_, h, w, _) = self.backend.xp, x.shape
-        return xp.ones(h, x.dtype) @ (xp.ones(w, x.dtype) @ x) / (h * w)
+        return xp.ones(h, x.dtype) @ (xp.ones(w, x.dtype) @ x) / float(h * w)
 
     def backward(self, dy: Array) -> Array:
         (x_shape,) = self.take_saved()
         n, h, w, c = x_shape
         dy = self.receive_gradient(dy, (n, c))
         return self.backend.asarray(
-            self.backend.xp.broadcast_to(dy[:, None, None, :] / (h * w), x_shape))
+            self.backend.xp.broadcast_to(dy[:, None, None, :] / float(h * w), x_shape))
 
 
 def _pool_window(layer: MaxPool2D | AvgPool2D, x_shape: Shape, dilation: IntOrPair) -> Window:
