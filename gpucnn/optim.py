@@ -33,10 +33,16 @@ class Optimizer:
     def step(self) -> None:
         """theta -= the update."""
         self.steps += 1
-        self.model.flat_data -= self.update(self.model.flat_grad)
+        theta, g, backend = self.model.flat_data, self.model.flat_grad, self.model.backend
 
-    def update(self, g: Array) -> Array:
-        """What to subtract from theta. g is not written."""
+        def change(part: slice) -> None:
+            theta[part] -= self.update(g[part], *(a[part] for a in self.state.values()))
+
+        backend.for_each(change, backend.blocks(theta.size, 6 * theta.itemsize))
+
+    def update(self, g: Array, *state: Array) -> Array:
+        """What to subtract from a part of theta, given that part of g, which is not written, and
+        of the arrays in `state`, which are brought up to date."""
         raise NotImplementedError
 
     def clip_gradients(self, limit: float) -> float:
@@ -57,7 +63,7 @@ class GradientDescent(Optimizer):
     def __init__(self, model: Layer, learning_rate: float = 0.01):
         super().__init__(model, learning_rate)
 
-    def update(self, g: Array) -> Array:
+    def update(self, g: Array, *state: Array) -> Array:
         return self.learning_rate * g
 
 
@@ -73,8 +79,8 @@ class Momentum(Optimizer):
         self.momentum = momentum
         self.nesterov = nesterov
 
-    def update(self, g: Array) -> Array:
-        v = self.state["v"]
+    def update(self, g: Array, *state: Array) -> Array:
+        (v,) = state
         v *= self.momentum
         v += g
         return self.learning_rate * (g + self.momentum * v if self.nesterov else v)
@@ -92,8 +98,8 @@ class RMSProp(Optimizer):
         self.rho = rho
         self.epsilon = epsilon
 
-    def update(self, g: Array) -> Array:
-        s = self.state["s"]
+    def update(self, g: Array, *state: Array) -> Array:
+        (s,) = state
         _average(s, g * g, self.rho)
         return self.learning_rate * g / (self.xp.sqrt(s) + self.epsilon)
 
@@ -114,8 +120,8 @@ class Adam(Optimizer):
         _check("beta2", beta2, 0, 1)
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
 
-    def update(self, g: Array) -> Array:
-        m, s = self.state["m"], self.state["s"]
+    def update(self, g: Array, *state: Array) -> Array:
+        m, s = state
         _average(m, g, self.beta1)
         _average(s, g * g, self.beta2)
         correction1, correction2 = 1 - self.beta1**self.steps, 1 - self.beta2**self.steps

@@ -19,8 +19,8 @@ from gpucnn.geometry import Window
 from gpucnn.numerics import blocks_of, sum_rows, zero_where
 from gpucnn.rng import drop_threshold, random_words
 
-MATMUL_ROWS = 64         # a block at least: fewer would not repay the BLAS's copy of b
-MATMUL_WORK = 1 << 22    # multiply-adds of a block at least: fewer would not repay a thread
+MATMUL_ROWS = 64         # or columns of a block: fewer would not repay the copy of the other matrix
+WORK = 1 << 24           # multiply-adds of a block at least: fewer would not repay a thread
 DROPOUT_BLOCK = 1 << 17  # elements
 SHARED_BY = 16           # into at least so many blocks, for the threads to share out evenly,
 WORTH_SHARING = 1 << 20  # but none of fewer bytes than this
@@ -29,7 +29,7 @@ WORTH_SHARING = 1 << 20  # but none of fewer bytes than this
 class NumpyBackend:
     name = "numpy"
     xp = np
-    block_bytes = 2 << 20  # fits a core's share of the cache, and is worth waking a thread for
+    block_bytes = 3 << 20  # fits a core's share of the cache, and is worth waking a thread for
 
     def __init__(self) -> None:
         self._recycler = Recycler()
@@ -43,10 +43,12 @@ class NumpyBackend:
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         return self._recycler.empty(shape, dtype)
 
-    def blocks(self, n: int, item_bytes: int, least_bytes: int = 0) -> list[slice]:
-        count = max(1, n * item_bytes // max(self.block_bytes, least_bytes))
+    def blocks(self, n: int, item_bytes: int, least_bytes: int = 0, item_work: int = 0
+               ) -> list[slice]:
+        count = max(1, n * item_bytes // max(self.block_bytes, least_bytes),
+                    min(16, n * item_work // (2 * WORK)))
         if count < 16:  # a power of two: threads that share out few blocks get as many each
-            count = 1 << (count - 1).bit_length()
+            count = 1 << count.bit_length() - 1
         return blocks_of(n, -(-n // count))
 
     def for_each(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
@@ -57,13 +59,18 @@ class NumpyBackend:
         return parallel.sum_over(work, items, like)
 
     def matmul(self, a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        product = self.empty((len(a), b.shape[1]), a.dtype) if out is None else out
-        rows = max(MATMUL_ROWS, MATMUL_WORK // max(1, b.size))
+        (m, k), n = a.shape, b.shape[1]
+        product = self.empty((m, n), a.dtype) if out is None else out
 
-        def multiply(start: int) -> None:
-            np.matmul(a[start:start + rows], b, out=product[start:start + rows])
+        def rows(part: slice) -> None:
+            np.matmul(a[part], b, out=product[part])
 
-        self.for_each(multiply, range(0, len(a), rows))
+        def columns(part: slice) -> None:
+            np.matmul(a, b[:, part], out=product[:, part])
+
+        longer, shorter = max(m, n), min(m, n)
+        self.for_each(rows if m >= n else columns, blocks_of(
+            longer, max(MATMUL_ROWS, WORK // max(1, k * shorter))))
         return product
 
     def sum_rows(self, matrix: np.ndarray) -> np.ndarray:
@@ -177,7 +184,8 @@ class NumpyBackend:
             scaled = np.multiply(flat_x[block], x.dtype.type(1 / (1 - rate)), out=flat_y[block])
             scaled[...] = zero_where(words < drop_threshold(rate), scaled)
 
-        self.for_each(drop, blocks_of(x.size, DROPOUT_BLOCK))
+        count = -(-x.size // DROPOUT_BLOCK)
+        self.for_each(drop, blocks_of(x.size, -(-x.size // max(1, count) // 4) * 4))
         return y
 
     def _gather(self, x_shape: tuple[int, ...], window: Window, dy: np.ndarray,
