@@ -22,8 +22,6 @@ from gpucnn.rng import drop_threshold, random_words
 MATMUL_ROWS = 64         # or columns of a block: fewer would not repay the copy of the other matrix
 WORK = 1 << 24           # multiply-adds of a block at least: fewer would not repay a thread
 DROPOUT_BLOCK = 1 << 17  # elements
-SHARED_BY = 16           # into at least so many blocks, for the threads to share out evenly,
-WORTH_SHARING = 1 << 20  # but none of fewer bytes than this
 
 
 class NumpyBackend:

@@ -94,7 +94,8 @@ def conv2d_backward(backend: Backend, da: np.ndarray, a: np.ndarray, x: np.ndarr
             source, part = band(back, a.shape[1], x_rows)
             if source != rows:
                 dz = activation_backward(np, activation, da[images, source], a[images, source])
-            _multiply(_unfold(dz, part), rotated, part, dx[images, x_rows])
+            cols = _unfold(dz, part._replace(top=0, bottom=0))  # zeros times finite numbers
+            _multiply(cols, rotated, part, dx[images, x_rows], above=part.top)
 
     kh, kw, c_in, c_out = w.shape
     dw, db = backend.sum_over(add, blocks(backend, x, a, w, window),
@@ -172,16 +173,33 @@ def _rows_under(cols: np.ndarray, window: Window, oh: int) -> Iterator[np.ndarra
         yield cols[:, first:first + (oh - 1) * window.sh + 1:window.sh]
 
 
-def _multiply(cols: np.ndarray, w: np.ndarray, window: Window, z: np.ndarray) -> None:
-    """Z = sum over ky of cols' rows W[ky], written to z (n, oh, ow, c_out)."""
+def _multiply(cols: np.ndarray, w: np.ndarray, window: Window, z: np.ndarray, above: int = 0
+              ) -> None:
+    """Z = sum over ky of cols' rows W[ky], written to z (n, oh, ow, c_out).
+
+    above: how many rows of padding above the first one are not in cols, and those below neither.
+    """
     filters = w.reshape(window.kh, -1, w.shape[-1])
+    h, oh = cols.shape[1], z.shape[1]
+    met = []  # by each ky: the outputs whose row is in cols
+    for ky in range(window.kh):
+        offset = ky * window.dh - above
+        met.append((max(0, -(offset // window.sh)), min(oh, (h - 1 - offset) // window.sh + 1)))
+    whole = met.index((0, oh)) if (0, oh) in met else None
+    if whole is None:
+        z[...] = 0
     term = parallel.scratch("term", z.shape, z.dtype)
-    for ky, rows in enumerate(_rows_under(cols, window, z.shape[1])):
-        out = term if ky else z
+    for ky in sorted(range(window.kh), key=lambda ky: ky != whole):
+        first, end = met[ky]
+        if first >= end:
+            continue
+        start = first * window.sh + ky * window.dh - above
+        rows = cols[:, start:start + (end - first - 1) * window.sh + 1:window.sh]
+        out = z if ky == whole else term[:, :end - first]
         for taps, results in _in_place(rows, out):
             np.matmul(taps, filters[ky], out=results)
-        if ky:
-            z += term
+        if ky != whole:
+            z[:, first:end] += out
 
 
 def _in_place(a: np.ndarray, b: np.ndarray, least_pixels: int = 1
