@@ -45,11 +45,9 @@ class Backend(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """An uninitialised C-contiguous array, in memory that was used before if there is any."""
 
-    def blocks(self, n: int, item_bytes: int, least_bytes: int = 0, item_work: int = 0
-               ) -> list[slice]:
+    def blocks(self, n: int, item_bytes: int, least_bytes: int = 0) -> list[slice]:
         """n items in blocks of about block_bytes, or of `least_bytes` where that is more.
 
-        item_work: multiply-adds an item, if there are so many that smaller blocks may pay.
         Their length depends on the arguments alone, so that sums over blocks are always the same.
         """
 

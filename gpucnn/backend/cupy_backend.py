@@ -36,8 +36,7 @@ class CupyBackend:
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return cupy.empty(shape, dtype)  # CuPy's memory pool reuses what is free
 
-    def blocks(self, n: int, item_bytes: int, least_bytes: int = 0, item_work: int = 0
-               ) -> list[slice]:
+    def blocks(self, n: int, item_bytes: int, least_bytes: int = 0) -> list[slice]:
         return blocks_of(n, max(self.block_bytes, least_bytes) // max(1, item_bytes))
 
     def for_each(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:

@@ -42,7 +42,7 @@ def conv2d(backend: Backend, x: np.ndarray, w: np.ndarray, b: np.ndarray | None,
             np.matmul(taps.transpose(1, 2, 0), filters, out=results)
         finish(np, a[images, rows], bias, activation)
 
-    backend.for_each(convolve, blocks(backend, x, a, w, window))
+    backend.for_each(convolve, blocks(backend, x, a, window))
     return a
 
 
@@ -60,7 +60,7 @@ def weight_gradient(backend: Backend, da: np.ndarray, a: np.ndarray, x: np.ndarr
             np.matmul(taps.transpose(1, 0, 2), errors, out=products)
             dw += products.sum(axis=0)
 
-    dw, db = backend.sum_over(add, blocks(backend, x, a, w, window),
+    dw, db = backend.sum_over(add, blocks(backend, x, a, window),
                               [w.reshape(-1, w.shape[-1]), np.empty(w.shape[-1], w.dtype)])
     return dw.reshape(w.shape), db
 

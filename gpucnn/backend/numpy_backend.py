@@ -41,10 +41,8 @@ class NumpyBackend:
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         return self._recycler.empty(shape, dtype)
 
-    def blocks(self, n: int, item_bytes: int, least_bytes: int = 0, item_work: int = 0
-               ) -> list[slice]:
-        count = max(1, n * item_bytes // max(self.block_bytes, least_bytes),
-                    min(16, n * item_work // (2 * WORK)))
+    def blocks(self, n: int, item_bytes: int, least_bytes: int = 0) -> list[slice]:
+        count = max(1, -(-n * item_bytes // max(self.block_bytes, least_bytes)))
         if count < 16:  # a power of two: threads that share out few blocks get as many each
             count = 1 << count.bit_length() - 1
         return blocks_of(n, -(-n // count))

@@ -16,7 +16,6 @@ the matrices as they lie.
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -67,7 +66,7 @@ def conv2d(backend: Backend, x: np.ndarray, w: np.ndarray, b: np.ndarray | None,
         _multiply(_unfold(x[images, source], part), w, part, a[images, rows])
         finish(np, a[images, rows], bias, activation)
 
-    backend.for_each(convolve, blocks(backend, x, a, w, window))
+    backend.for_each(convolve, blocks(backend, x, a, window))
     return a
 
 
@@ -98,20 +97,18 @@ def conv2d_backward(backend: Backend, da: np.ndarray, a: np.ndarray, x: np.ndarr
             _multiply(cols, rotated, part, dx[images, x_rows], above=part.top)
 
     kh, kw, c_in, c_out = w.shape
-    dw, db = backend.sum_over(add, blocks(backend, x, a, w, window),
+    dw, db = backend.sum_over(add, blocks(backend, x, a, window),
                               [w.reshape(kh, kw * c_in, c_out), np.empty(c_out, w.dtype)])
     return dx, dw.reshape(w.shape), db
 
 
-def blocks(backend: Backend, x: np.ndarray, a: np.ndarray, w: np.ndarray, window: Window
-           ) -> list[Block]:
+def blocks(backend: Backend, x: np.ndarray, a: np.ndarray, window: Window) -> list[Block]:
     """Runs of images whose unfolded rows and outputs take about block_bytes, or bands of one."""
     image_bytes = x[:1].nbytes * window.kw + a[:1].nbytes
     bands = min(-(-image_bytes // backend.block_bytes), a.shape[1])
     if bands <= 1:
         return [(images, slice(0, a.shape[1]), slice(0, x.shape[1]))
-                for images in backend.blocks(len(x), image_bytes,
-                                             item_work=math.prod(a.shape[1:3]) * w.size)]
+                for images in backend.blocks(len(x), image_bytes)]
     return [(slice(n, n + 1), _share(a.shape[1], k, bands), _share(x.shape[1], k, bands))
             for n in range(len(x)) for k in range(bands)]
 
