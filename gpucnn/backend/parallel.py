@@ -8,6 +8,7 @@ one order, so results are the same bits for any number of threads.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -39,7 +40,7 @@ def thread_count() -> int:
 def for_each(work: Callable[[Any], None], items: Sequence[Any]) -> None:
     """work(item) for each item, in any order, on all threads; an error in one is raised here.
 
-    Inside of such work, another for_each runs on the thread that it is called from.
+    Where several threads work already, another for_each stays on the one that calls it.
     """
     threads = 1 if _thread.working else min(thread_count(), len(items))
     with _blas:
@@ -91,7 +92,7 @@ def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     Fresh memory costs a page fault for each 4 KiB, which for a block of work is as long as the
     work takes.
     """
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = _thread.buffers.get(name)
     if buffer is None or buffer.nbytes < size:
         buffer = _thread.buffers[name] = np.empty(size, np.uint8)

@@ -5,6 +5,7 @@ a training step. A step asks for the same sizes each time.
 """
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from typing import Any
@@ -31,7 +32,7 @@ class Recycler:
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """An uninitialised C-contiguous array."""
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        size = math.prod(shape) * np.dtype(dtype).itemsize
         if size < _LEAST_BYTES:
             return np.empty(shape, dtype)
         with self.lock:
