@@ -15,6 +15,7 @@ from numpy.lib.stride_tricks import as_strided
 from gpucnn import convolution
 from gpucnn.backend import narrow_convolution, parallel, row_convolution
 from gpucnn.backend.recycling import Recycler
+from gpucnn.backend.row_convolution import pad
 from gpucnn.geometry import Window
 from gpucnn.numerics import blocks_of, sum_rows, zero_where
 from gpucnn.rng import drop_threshold, random_words
@@ -106,7 +107,7 @@ class NumpyBackend:
 
         def unfold(images: slice) -> None:
             rows = cols.reshape(n, oh, ow, window.kh, window.kw, c)[images]
-            windows = _windows(_pad(x[images], window), window, oh, ow)
+            windows = _windows(pad(x[images], window), window, oh, ow)
             if c == 1:  # NumPy copies along the longest axis that lies well: not along the taps
                 for ky, kx in np.ndindex(window.kh, window.kw):
                     rows[:, :, :, ky, kx] = windows[:, :, :, ky, kx]
@@ -137,7 +138,7 @@ class NumpyBackend:
         seen = _pixels_seen(x.shape, window, x.dtype)
 
         def average(n: slice) -> None:
-            padded = _pad(x[n], window)
+            padded = pad(x[n], window)
             rows = parallel.scratch("rows", (len(padded), y.shape[1], *padded.shape[2:]), x.dtype)
             _sum(_taps(padded, 1, window.kh, window.sh, y.shape[1]), out=rows)
             _sum(_taps(rows, 2, window.kw, window.sw, y.shape[2]), out=y[n])
@@ -180,8 +181,9 @@ class NumpyBackend:
             scaled = np.multiply(flat_x[block], x.dtype.type(1 / (1 - rate)), out=flat_y[block])
             scaled[...] = zero_where(words < drop_threshold(rate), scaled)
 
-        count = -(-x.size // DROPOUT_BLOCK)
-        self.for_each(drop, blocks_of(x.size, -(-x.size // max(1, count) // 4) * 4))
+        count = max(1, -(-x.size // DROPOUT_BLOCK))
+        fours = -(-x.size // (4 * count))  # words are drawn four at a time
+        self.for_each(drop, blocks_of(x.size, 4 * fours))
         return y
 
     def _gather(self, x_shape: tuple[int, ...], window: Window, dy: np.ndarray,
@@ -211,7 +213,7 @@ class NumpyBackend:
 
 def _max_pool(x: np.ndarray, window: Window, y: np.ndarray, mask: np.ndarray) -> None:
     """Write the maxima of each window to y and their places to mask."""
-    places = [pixels for _, pixels in _places(_pad(x, window, -np.inf), window, *y.shape[1:3])]
+    places = [pixels for _, pixels in _places(pad(x, window, -np.inf), window, *y.shape[1:3])]
     np.maximum(places[0], places[-1], out=y)  # NaN if either is
     for pixels in places[1:-1]:
         np.maximum(y, pixels, out=y)
@@ -260,14 +262,6 @@ def _tiles(window: Window, x_shape: tuple[int, ...]) -> bool:
     """Whether each pixel is seen by exactly one window."""
     (kh, kw, sh, sw), (_, h, w, _) = window[:4], x_shape
     return not _is_padded(window) and (kh, kw) == (sh, sw) and h % kh == w % kw == 0
-
-
-def _pad(x: np.ndarray, window: Window, value: float = 0) -> np.ndarray:
-    if not _is_padded(window):
-        return x
-    padded = np.full(_padded_shape(x.shape, window), value, x.dtype)
-    _unpad(padded, x.shape, window)[...] = x
-    return padded
 
 
 def _unpad(padded: np.ndarray, x_shape: tuple[int, ...], window: Window) -> np.ndarray:

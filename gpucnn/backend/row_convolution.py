@@ -138,16 +138,17 @@ def _backward_window(window: Window) -> Window:
                            left=ew - 1 - window.left, right=ew - 1 - window.right)
 
 
-def pad(x: np.ndarray, window: Window) -> np.ndarray:
-    """x with zeros around it, in scratch memory."""
+def pad(x: np.ndarray, window: Window, value: float = 0) -> np.ndarray:
+    """x with `value` around it, in scratch memory; x itself where the window needs no padding."""
+    top, bottom, left, right = window.top, window.bottom, window.left, window.right
+    if not any((top, bottom, left, right)):
+        return x
     n, h, width, c = x.shape
-    top, left = window.top, window.left
-    padded = parallel.scratch("padded", (n, top + h + window.bottom, left + width + window.right,
-                                         c), x.dtype)
-    padded[:, :top] = 0
-    padded[:, top + h:] = 0
-    padded[:, :, :left] = 0
-    padded[:, :, left + width:] = 0
+    padded = parallel.scratch("padded", (n, top + h + bottom, left + width + right, c), x.dtype)
+    padded[:, :top] = value
+    padded[:, top + h:] = value
+    padded[:, :, :left] = value
+    padded[:, :, left + width:] = value
     padded[:, top:top + h, left:left + width] = x
     return padded
 
