@@ -20,16 +20,16 @@ extern "C" __global__ void avg_pool(
     GRID_STRIDE_LOOP(i, (index_t)n * oh * ow * cv) {
         Place p = place_of(i, oh, ow, cv);
         int y0 = p.y * sh - top, x0 = p.x * sw - left;
-        Scalars sum = zeros();
+        Sums sum = {};
         for (int iy = y0 > 0 ? y0 : 0; iy < y0 + kh && iy < h; ++iy) {
-            Scalars row = zeros();
+            Sums row = {};
             for (int ix = x0 > 0 ? x0 : 0; ix < x0 + kw && ix < w; ++ix) {
                 Scalars s = load(x, offset_of(p.n, iy, ix, p.c, h, w, cv));
-                for (int v = 0; v < VEC; ++v) row.at[v] += s.at[v];
+                for (int v = 0; v < VEC; ++v) row.at[v] += (accum_t)s.at[v];
             }
             for (int v = 0; v < VEC; ++v) sum.at[v] += row.at[v];
         }
-        scalar_t seen = (scalar_t)pixels_seen(y0, kh, h) * pixels_seen(x0, kw, w);
+        accum_t seen = (accum_t)pixels_seen(y0, kh, h) * pixels_seen(x0, kw, w);
         for (int v = 0; v < VEC; ++v) sum.at[v] /= seen;
         store(y, i, sum);
     }
@@ -47,13 +47,13 @@ extern "C" __global__ void avg_pool_backward(
         Place p = place_of(i, h, w, cv);
         Outputs rows = outputs_over(p.y + top, kh, sh, 1, oh);
         Outputs columns = outputs_over(p.x + left, kw, sw, 1, ow);
-        Scalars sum = zeros();
+        Sums sum = {};
         for (int oy = rows.first; oy <= rows.last; ++oy)
             for (int ox = columns.first; ox <= columns.last; ++ox) {
-                scalar_t seen = (scalar_t)pixels_seen(oy * sh - top, kh, h)
-                                * pixels_seen(ox * sw - left, kw, w);
+                accum_t seen = (accum_t)pixels_seen(oy * sh - top, kh, h)
+                               * pixels_seen(ox * sw - left, kw, w);
                 Scalars g = load(dy, offset_of(p.n, oy, ox, p.c, oh, ow, cv));
-                for (int v = 0; v < VEC; ++v) sum.at[v] += g.at[v] / seen;
+                for (int v = 0; v < VEC; ++v) sum.at[v] += (accum_t)g.at[v] / seen;
             }
         store(dx, i, sum);
     }

@@ -1,6 +1,7 @@
 // Joined in front of every kernel file by gpucnn/backend/cuda_kernel.py, which first writes
 //
-//     typedef float scalar_t;         // or double: what the tensors hold
+//     typedef float scalar_t;         // or double, float16, bfloat16: what the tensors hold
+//     typedef float accum_t;          // or double: what sums are kept in
 //     typedef int index_t;            // or long long, where a tensor passes 2^31 elements
 //     typedef unsigned char mask_t;   // or int: a place in a pooling window
 //     #define VEC 4                   // channels a thread handles: 16 bytes' worth, or 1
@@ -17,11 +18,18 @@
 struct alignas(VEC * sizeof(scalar_t)) Scalars { scalar_t at[VEC]; };
 struct alignas(VEC * sizeof(mask_t)) Masks { mask_t at[VEC]; };
 
+struct Sums { accum_t at[VEC]; };
+
 static __device__ Scalars load(const scalar_t* p, index_t i) {
     return reinterpret_cast<const Scalars*>(p)[i];
 }
 static __device__ void store(scalar_t* p, index_t i, const Scalars& s) {
     reinterpret_cast<Scalars*>(p)[i] = s;
+}
+static __device__ void store(scalar_t* p, index_t i, const Sums& sums) {
+    Scalars s;
+    for (int v = 0; v < VEC; ++v) s.at[v] = (scalar_t)sums.at[v];
+    store(p, i, s);
 }
 static __device__ Masks load_masks(const mask_t* p, index_t i) {
     return reinterpret_cast<const Masks*>(p)[i];
@@ -31,7 +39,7 @@ static __device__ void store_masks(mask_t* p, index_t i, const Masks& m) {
 }
 static __device__ Scalars zeros() {
     Scalars s;
-    for (int v = 0; v < VEC; ++v) s.at[v] = 0;
+    for (int v = 0; v < VEC; ++v) s.at[v] = (scalar_t)0.0f;
     return s;
 }
 

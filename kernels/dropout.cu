@@ -18,7 +18,7 @@ static __device__ void philox_round(unsigned* word, unsigned key0, unsigned key1
 // One thread draws one block of four words and serves four elements.
 extern "C" __global__ void dropout(
     const scalar_t* __restrict__ x, scalar_t* __restrict__ y, long long size,
-    unsigned threshold, scalar_t scale,
+    unsigned threshold, accum_t scale,
     unsigned key0, unsigned key1, unsigned stream0, unsigned stream1)
 {
     GRID_STRIDE_LOOP(j, (index_t)((size + 3) / 4)) {
@@ -30,6 +30,6 @@ extern "C" __global__ void dropout(
             k1 += 0xBB67AE85u;
         }
         for (int v = 0; v < 4 && 4 * j + v < size; ++v)
-            y[4 * j + v] = word[v] >= threshold ? x[4 * j + v] * scale : scalar_t(0);
+            y[4 * j + v] = (scalar_t)(word[v] >= threshold ? (accum_t)x[4 * j + v] * scale : 0);
     }
 }

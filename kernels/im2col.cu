@@ -41,7 +41,7 @@ extern "C" __global__ void col2im(
         Place p = place_of(i, h, w, cv);
         Outputs rows = outputs_over(p.y + top, kh, sh, dh, oh);
         Outputs columns = outputs_over(p.x + left, kw, sw, dw, ow);
-        Scalars sum = zeros();
+        Sums sum = {};
         for (int oy = rows.first; oy <= rows.last; ++oy) {
             int ky = p.y + top - oy * sh;
             if (ky % dh != 0) continue;
@@ -52,7 +52,7 @@ extern "C" __global__ void col2im(
                 kx /= dw;
                 index_t row = offset_of(p.n, oy, ox, 0, oh, ow, 1);
                 Scalars term = load(cols, offset_of(row, ky, kx, p.c, kh, kw, cv));
-                for (int v = 0; v < VEC; ++v) sum.at[v] += term.at[v];
+                for (int v = 0; v < VEC; ++v) sum.at[v] += (accum_t)term.at[v];
             }
         }
         store(x, i, sum);

@@ -16,7 +16,7 @@ extern "C" __global__ void max_pool(
     const int cv = c / VEC;
     GRID_STRIDE_LOOP(i, (index_t)n * oh * ow * cv) {
         Place p = place_of(i, oh, ow, cv);
-        Scalars best = zeros();
+        Sums best = {};
         Masks place = {};
         bool none_yet = true;
         for (int ky = 0; ky < kh; ++ky) {
@@ -27,9 +27,10 @@ extern "C" __global__ void max_pool(
                 if (ix < 0 || ix >= w) continue;
                 Scalars s = load(x, offset_of(p.n, iy, ix, p.c, h, w, cv));
                 for (int v = 0; v < VEC; ++v) {
-                    bool first_nan = s.at[v] != s.at[v] && best.at[v] == best.at[v];
-                    if (none_yet || s.at[v] > best.at[v] || first_nan) {
-                        best.at[v] = s.at[v];
+                    accum_t value = s.at[v];
+                    bool first_nan = value != value && best.at[v] == best.at[v];
+                    if (none_yet || value > best.at[v] || first_nan) {
+                        best.at[v] = value;
                         place.at[v] = (mask_t)(ky * kw + kx);
                     }
                 }
@@ -53,7 +54,7 @@ extern "C" __global__ void max_pool_backward(
         Place p = place_of(i, h, w, cv);
         Outputs rows = outputs_over(p.y + top, kh, sh, dh, oh);
         Outputs columns = outputs_over(p.x + left, kw, sw, dw, ow);
-        Scalars sum = zeros();
+        Sums sum = {};
         for (int oy = rows.first; oy <= rows.last; ++oy) {
             int ky = p.y + top - oy * sh;
             if (ky % dh != 0) continue;
@@ -65,7 +66,7 @@ extern "C" __global__ void max_pool_backward(
                 Masks place = load_masks(mask, o);
                 Scalars g = load(dy, o);
                 for (int v = 0; v < VEC; ++v)
-                    if (place.at[v] == here) sum.at[v] += g.at[v];
+                    if (place.at[v] == here) sum.at[v] += (accum_t)g.at[v];
             }
         }
         store(dx, i, sum);

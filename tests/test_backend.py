@@ -307,7 +307,7 @@ def pool(backend):
 
 def test_kernels_of_ones_own(cupy_backend):
     assert pool(cupy_backend) == 3
-    with mutated("maxpool.cu", "s.at[v] > best.at[v]", "s.at[v] < best.at[v]"):
+    with mutated("maxpool.cu", "value > best.at[v]", "s.at[v] < best.at[v]"):
         assert pool(cupy_backend) == 0
     assert pool(cupy_backend) == 3
 
@@ -345,7 +345,7 @@ def test_a_file_that_is_edited_is_compiled_anew(cupy_backend, file):
     with mutated("maxpool.cu", "// Max", "// My max") as folder:
         assert pool(cupy_backend) == 3
         text = (folder / file).read_text()
-        edited = {"maxpool.cu": ("s.at[v] > best.at[v]", "s.at[v] < best.at[v]"),
+        edited = {"maxpool.cu": ("value > best.at[v]", "s.at[v] < best.at[v]"),
                   "common.cuh": ("[i] = s;", "[i] = s; p[i * VEC] += 40;")}[file]
         assert edited[0] in text
         (folder / file).write_text(text.replace(*edited))

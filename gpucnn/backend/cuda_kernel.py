@@ -17,21 +17,27 @@ import numpy as np
 from gpucnn.errors import KernelError
 
 BLOCK, MAX_GRID = 256, 65535
+MAX_STATIC_SHARED = 48 << 10  # bytes a block may have without being asked for
 # Past it, an int index could overflow in the last step of a grid-stride loop.
 MAX_INT_INDEX = 2**31 - BLOCK * MAX_GRID
 
-_C_NAMES = {np.dtype(t): c for t, c in (
-    (np.float32, "float"), (np.float64, "double"), (np.uint8, "unsigned char"), (np.int32, "int"),
-    (np.int64, "long long"), (np.uint32, "unsigned"))}
-_DTYPES = {c: dtype for dtype, c in _C_NAMES.items()} | {"unsigned int": np.dtype(np.uint32)}
-# What each name of the .cu files' own may stand for; a launch's arrays decide which.
-_TYPEDEFS = {"scalar_t": (np.dtype(np.float32), np.dtype(np.float64)),
-             "mask_t": (np.dtype(np.uint8), np.dtype(np.int32)),
-             "index_t": (np.dtype(np.int32), np.dtype(np.int64))}
+# By name, because bfloat16 is a NumPy dtype only where ml_dtypes has been imported.
+_C_NAMES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double",
+            "uint8": "unsigned char", "int32": "int", "int64": "long long", "uint32": "unsigned"}
+_DTYPES = {c: np.dtype(name) for name, c in _C_NAMES.items() if "float16" not in name}
+_DTYPES["unsigned int"] = _DTYPES["unsigned"]
+# What each name of the .cu files' own may stand for; a launch's arrays decide which. accum_t, in
+# which sums are kept, follows scalar_t, in which tensors are stored.
+_TYPEDEFS = {"scalar_t": ("float32", "float64", "float16", "bfloat16"),
+             "accum_t": ("float32", "float64"),
+             "mask_t": ("uint8", "int32"),
+             "index_t": ("int32", "int64")}
 _BOUNDS = r"(?:__launch_bounds__\s*\([^)]*\)\s*)?"
 _SIGNATURE = re.compile(
     rf'extern\s+"C"\s+__global__\s+{_BOUNDS}void\s+{_BOUNDS}(\w+)\s*\(([^)]*)\)')
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+_INCLUDE = re.compile(r'^#include "([^"]+)".*$', re.MULTILINE)
+_NULLABLE = "_or_null"  # how the name of a pointer ends for which a launch may pass None
 
 
 class Parameter(NamedTuple):
@@ -43,12 +49,25 @@ class Parameter(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """What the names that common.cuh leaves open stand for in one compilation."""
+    """What the names that the .cu files leave open stand for in one compilation.
+
+    constants: the #defines of the kernel's own, such as the size of a tile.
+    """
 
     scalar_t: np.dtype
     mask_t: np.dtype
     index_t: np.dtype
     vec: int
+    constants: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def accum_t(self) -> np.dtype:
+        return accumulator(self.scalar_t)
+
+
+def accumulator(stored: np.dtype) -> np.dtype:
+    """The dtype in which sums of elements of this one are kept."""
+    return np.dtype(np.float64 if stored == np.float64 else np.float32)
 
 
 def kernel_dir() -> Path:
@@ -67,14 +86,37 @@ def _own_kernel_dir() -> Path:
 def read_source(directory: Path, file: str, variant: Variant) -> str:
     """The text that is compiled: the variant's types, then common.cuh, then the file.
 
-    Raises KernelError if a file cannot be read.
+    Where the file says #include "other.cuh", that file's text stands. Raises KernelError if a file
+    cannot be read.
     """
-    head = [f"typedef {_C_NAMES[getattr(variant, name)]} {name};"
-            for name in ("scalar_t", "mask_t", "index_t")]
-    parts = [*head, f"#define VEC {variant.vec}"]
-    for name in ("common.cuh", file):
-        parts += [f'#line 1 "{name}"', _read(directory, name)]
-    return "\n".join(parts)
+    short = variant.scalar_t.itemsize == 2
+    return "\n".join([
+        *([_text_of(directory, "float16.cuh")] if short else []),
+        *(f"typedef {_C_NAMES[getattr(variant, name).name]} {name};" for name in _TYPEDEFS),
+        f"#define VEC {variant.vec}",
+        *(f"#define {name} {value}" for name, value in variant.constants),
+        _text_of(directory, "common.cuh"), _text_of(directory, file)])
+
+
+def _text_of(directory: Path, file: str) -> str:
+    """The file with the texts of what it includes, each with the name that messages give it."""
+    def included(match: re.Match) -> str:
+        line = text.count("\n", 0, match.start()) + 2
+        return f'{_text_of(directory, match[1])}\n#line {line} "{file}"'
+
+    text = _read(directory, file)
+    return f'#line 1 "{file}"\n' + _INCLUDE.sub(included, text)
+
+
+def _texts(directory: Path, file: str) -> tuple[str, ...]:
+    """All texts that a compilation of the file may depend on."""
+    text = _read(directory, file)
+    return (text, *(part for name in _included(text) for part in _texts(directory, name)))
+
+
+@functools.cache
+def _included(text: str) -> list[str]:
+    return _INCLUDE.findall(text)
 
 
 def read_signatures(directory: Path, file: str) -> dict[str, list[Parameter]]:
@@ -89,7 +131,8 @@ def _signatures(file: str, text: str) -> dict[str, list[Parameter]]:
 
 
 def check_arguments(kernel: str, parameters: list[Parameter], args: tuple, vec: int,
-                    array_type: Any, device: int) -> tuple[list[Any], Variant]:
+                    array_type: Any, device: int, constants: tuple[tuple[str, int], ...] = ()
+                    ) -> tuple[list[Any], Variant]:
     """The arguments as the kernel declares them, and the variant that they ask for.
 
     Raises TypeError, naming the kernel and the argument, for a wrong count, dtype, device,
@@ -99,18 +142,20 @@ def check_arguments(kernel: str, parameters: list[Parameter], args: tuple, vec: 
         raise TypeError(f"{kernel} takes {len(parameters)} arguments, got {len(args)}")
     checked: list[Any] = []
     largest = max((getattr(a, "size", 0) for p, a in zip(parameters, args) if p.pointer), default=0)
-    types: dict[str, Any] = {"index_t": _TYPEDEFS["index_t"][largest > MAX_INT_INDEX]}
+    types: dict[str, Any] = {"index_t": np.dtype(np.int64 if largest > MAX_INT_INDEX else np.int32)}
     for parameter, arg in zip(parameters, args):
         try:
-            if parameter.pointer:
-                _check_array(parameter, arg, types, vec, array_type, device)
-                checked.append(arg)
-            else:
+            if not parameter.pointer:
                 checked.append(_check_scalar(parameter, arg, types))
+                continue
+            if arg is not None or not parameter.name.endswith(_NULLABLE):
+                _check_array(parameter, arg, types, vec, array_type, device)
+            checked.append(arg)
         except TypeError as problem:
             raise TypeError(f"{kernel}, argument {parameter.name!r}: {problem}") from None
-    scalar_t, mask_t, index_t = (types.get(name, _TYPEDEFS[name][0]) for name in _TYPEDEFS)
-    return checked, Variant(scalar_t, mask_t, index_t, vec)
+    scalar_t = types.get("scalar_t", types.get("accum_t", np.dtype(np.float32)))
+    return checked, Variant(scalar_t, types.get("mask_t", np.dtype(np.uint8)), types["index_t"],
+                            vec, constants)
 
 
 class Kernel:
@@ -118,26 +163,40 @@ class Kernel:
 
     def __init__(self, file: str, name: str):
         self.file, self.name = file, name
-        self._compiled: dict[tuple[str, str, int, Variant], Any] = {}
+        self._compiled: dict[tuple[tuple[str, ...], int, Variant], Any] = {}
 
-    def __call__(self, threads: int, *args: Any, vec: int = 1) -> None:
+    def __call__(self, threads: int, *args: Any, vec: int = 1, **constants: int) -> None:
         """Launch at least `threads` threads; each one handles `vec` channels. None for none."""
+        self.launch(launch_grid(threads), BLOCK, *args, vec=vec, **constants)
+
+    def launch(self, grid: int | tuple[int, ...], block: int, *args: Any, vec: int = 1,
+               shared: int = 0, **constants: int) -> None:
+        """Launch a grid of blocks of `block` threads; nothing where a side of the grid is 0.
+
+        shared: bytes of dynamic shared memory a block.
+        constants: what the .cu file leaves to #define.
+        """
         import cupy
 
         directory, device = kernel_dir(), cupy.cuda.Device().id
-        text, common = _read(directory, self.file), _read(directory, "common.cuh")
-        signatures = _signatures(self.file, text)
+        texts = _texts(directory, self.file)
+        signatures = _signatures(self.file, texts[0])
         if self.name not in signatures:
             raise KernelError(f"{directory / self.file} declares no kernel {self.name!r}; it has "
                               f"{', '.join(signatures) or 'none'}")
         checked, variant = check_arguments(self.name, signatures[self.name], args, vec,
-                                           cupy.ndarray, device)
-        if threads < 1:
+                                           cupy.ndarray, device, tuple(constants.items()))
+        grid = grid if isinstance(grid, tuple) else (grid,)
+        if min(grid) < 1:
             return
-        key = text, common, device, variant
-        if key not in self._compiled:
-            self._compiled[key] = compile_kernel(directory, self.file, self.name, variant)
-        self._compiled[key]((launch_grid(threads),), (BLOCK,), tuple(checked))
+        key = (*texts, _read(directory, "common.cuh")), device, variant
+        function = self._compiled.get(key)
+        if function is None:
+            function = compile_kernel(directory, self.file, self.name, variant)
+            if shared > MAX_STATIC_SHARED:
+                function.max_dynamic_shared_size_bytes = shared
+            self._compiled[key] = function
+        function(grid, (block,), tuple(checked), shared_mem=shared)
 
 
 def launch_grid(threads: int) -> int:
@@ -207,10 +266,12 @@ def _bind(parameter: Parameter, dtype: np.dtype, types: dict[str, Any]) -> np.dt
         return _DTYPES[parameter.ctype]
     allowed = _TYPEDEFS[parameter.ctype]
     if parameter.ctype not in types:
-        if dtype not in allowed:
+        if dtype.name not in allowed:
             raise TypeError(f"{dtype} where the kernel reads {parameter.ctype}, which is "
-                            f"{' or '.join(map(str, allowed))}")
+                            f"{' or '.join(allowed)}")
         types[parameter.ctype] = dtype
+        if parameter.ctype == "scalar_t":
+            types.setdefault("accum_t", accumulator(dtype))
     return types[parameter.ctype]
 
 
@@ -225,7 +286,7 @@ def _check_array(parameter: Parameter, arg: Any, types: dict[str, Any], vec: int
         raise TypeError(f"not C-contiguous (shape {arg.shape}, strides {arg.strides})")
     if arg.device.id != device:
         raise TypeError(f"on device {arg.device.id}, the launch is on device {device}")
-    if arg.data.ptr % (vec * arg.itemsize):
+    if parameter.ctype in ("scalar_t", "mask_t") and arg.data.ptr % (vec * arg.itemsize):
         raise TypeError(f"not aligned to the {vec * arg.itemsize} bytes that a thread reads")
 
 

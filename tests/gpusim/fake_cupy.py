@@ -240,6 +240,8 @@ class RawKernel:
         declared = self._kernel.parameters[number]
         who = f"{self.name}: argument {number} ({declared})"
         if code[0] == "P":
+            if arg is None:
+                return np.zeros(1, np.uint64)
             if not isinstance(arg, ndarray):
                 raise TypeError(f"{who} is a pointer; got {type(arg).__name__}")
             if not arg.flags.c_contiguous:
@@ -261,7 +263,9 @@ class RawKernel:
 
 
 def _fits(code: str, dtype: np.dtype) -> bool:
-    """Has a C type such as i4 or f8 the layout of the dtype?"""
+    """Has a C type such as i4 or f8 the layout of the dtype? s2 is one of our 16-bit floats."""
+    if code == "s2":
+        return dtype.name in ("float16", "bfloat16")
     return (dtype.kind, dtype.itemsize) == (code[0], int(code[1:]))
 
 
