@@ -23,8 +23,11 @@ from gpucnn.numerics import sum_rows
 
 
 def conv2d(backend: Backend, x: Array, w: Array, b: Array | None, window: Window, groups: int,
-           activation: str | None) -> Array:
-    """x (n, h, w, c_in), w (kh, kw, c_in / groups, c_out), b (c_out,) -> A (n, oh, ow, c_out)."""
+           activation: str | None, residual: Array | None = None) -> Array:
+    """x (n, h, w, c_in), w (kh, kw, c_in / groups, c_out), b (c_out,) -> A (n, oh, ow, c_out).
+
+    residual: of A's shape, added before the activation.
+    """
     xp = backend.xp
     a = backend.empty((len(x), *window.out_size(*x.shape[1:3]), w.shape[-1]), x.dtype)
     filters = _filter_matrices(w, groups)
@@ -38,7 +41,7 @@ def conv2d(backend: Backend, x: Array, w: Array, b: Array | None, window: Window
             backend.matmul(cols, filters[0], out=z)
         else:
             z[...] = _join_groups(xp.matmul(_split_columns(cols, window, groups), filters))
-        finish(xp, a[images], bias, activation)
+        finish(xp, a[images], bias, activation, None if residual is None else residual[images])
 
     backend.for_each(convolve, _blocks(backend, x, w, window))
     return a
@@ -81,11 +84,17 @@ def repeated(xp: Any, b: Array | None, width: int) -> Array | None:
     return None if b is None else xp.tile(b, width)
 
 
-def finish(xp: Any, z: Array, bias: Array | None, activation: str | None) -> None:
-    """Z + b, then g, written over z (n, oh, ow, c_out). bias: repeated() for ow pixels."""
+def finish(xp: Any, z: Array, bias: Array | None, activation: str | None,
+           residual: Array | None) -> None:
+    """Z + b + residual, then g, written over z (n, oh, ow, c_out).
+
+    bias: repeated() for ow pixels. residual: of z's shape.
+    """
     if bias is not None:
         rows = z.reshape(-1, len(bias))
         rows += bias
+    if residual is not None:
+        z += residual
     activate(xp, activation, z)
 
 

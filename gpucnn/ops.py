@@ -37,23 +37,27 @@ FLOATS = tuple(map(np.dtype, (np.float16, np.float32, np.float64)))
 
 def conv2d(x: Array, w: Array, b: Array | None = None, *, stride: IntOrPair = 1,
            padding: Padding = 0, dilation: IntOrPair = 1, groups: int = 1,
-           activation: str | None = None) -> Array:
-    """The article's convolution layer: Z = W * A + b, then g(Z).
+           activation: str | None = None, residual: Array | None = None) -> Array:
+    """The article's convolution layer: Z = W * A + b + residual, then g(Z).
 
     x (n, h, w, c_in), w (kh, kw, c_in / groups, c_out), b (c_out,) or None -> (n, oh, ow, c_out)
     with oh = floor((h + top + bottom - ((kh - 1) dilation + 1)) / stride) + 1 and ow alike. As
     everywhere in neural nets the filter is not flipped (a cross-correlation).
 
     activation: None, "relu", "leaky_relu" (slope 0.01), "sigmoid" or "tanh".
+    residual: None, or what a skip connection adds, (n, oh, ow, c_out) (He et al. 2016).
     """
     where = "conv2d"
-    backend, dtype, (x, w, b) = _receive(where, x=x, w=w, b=b)
+    backend, dtype, (x, w, b, residual) = _receive(where, x=x, w=w, b=b, residual=residual)
     activations.check_name(where, activation)
     window = _conv_window(where, x, w, stride, padding, dilation, groups)
     if b is not None and b.shape != w.shape[3:]:
         raise ValueError(f"{where}: b has shape {b.shape}, w has {w.shape[3]} filters; "
                          f"b must be {w.shape[3:]}")
-    return _as(dtype, backend.conv2d(x, w, b, window, groups, activation))
+    if residual is not None:
+        _check_shape(where, "residual", residual,
+                     (len(x), *window.out_size(*x.shape[1:3]), w.shape[3]))
+    return _as(dtype, backend.conv2d(x, w, b, window, groups, activation, residual))
 
 
 def conv2d_backward(dy: Array, x: Array, w: Array, *, stride: IntOrPair = 1, padding: Padding = 0,
@@ -67,7 +71,8 @@ def conv2d_backward(dy: Array, x: Array, w: Array, *, stride: IntOrPair = 1, pad
     backend, dtype, (dy, x, w) = _receive(where, dy=dy, x=x, w=w)
     window = _conv_window(where, x, w, stride, padding, dilation, groups)
     _check_shape(where, "dy", dy, (len(x), *window.out_size(*x.shape[1:3]), w.shape[3]))
-    dx, dw, db = backend.conv2d_backward(dy, dy, x, w, window, groups, None)
+    dw, db = backend.empty(w.shape, w.dtype), backend.empty(w.shape[3:], w.dtype)
+    dx = backend.conv2d_backward(dy, dy, x, w, window, groups, None, dw, db)
     return _as(dtype, dx), _as(dtype, dw), _as(dtype, db)
 
 
@@ -239,10 +244,10 @@ def _plain_array(what: str, value: Any) -> Array:
 def _receive(where: str, **arrays: Any) -> tuple[Backend, np.dtype, list[Any]]:
     """The backend of the arrays, their dtype, and them as the backend takes them.
 
-    That is C-contiguous, of native byte order, and float32 in the place of float16. Only b may be
-    None.
+    That is C-contiguous, of native byte order, and float32 in the place of float16. Only b and
+    residual may be None.
     """
-    values = {k: None if v is None and k == "b" else as_array(where, k, v)
+    values = {k: None if v is None and k in ("b", "residual") else as_array(where, k, v)
               for k, v in arrays.items()}
     given = {k: v for k, v in values.items() if v is not None}
     (first, model), *others = given.items()

@@ -91,7 +91,7 @@ def test_peers_train_the_same_net(name, model):
     pytest.importorskip(benchmark.PEERS[name])
     ours, (before, after) = train_ours(model)
     peer = make(name, workload_of(model))
-    assert parameters_of(name, peer) == ours.flat_data.size
+    assert parameters_of(name, peer) == sum(p.size for p in ours.parameters().values())
     (give_jax if name == "jax" else give_torch)(peer, ours)
     assert abs(before - after) > 0.01
     np.testing.assert_allclose(float(peer.tasks["step"]()), before, rtol=1e-5)

@@ -140,7 +140,8 @@ def test_an_empty_batch_gives_an_empty_result(make, shape, backend):
     output_shape = layer.build(shape)
     empty = backend.xp.zeros((0, *shape), np.float32)
     assert layer.forward(empty).shape == (0, *output_shape)
-    layer.flat_grad[...] = 7
+    for p in layer.parameters().values():
+        p.grad[...] = 7
     before = {name: part.own_buffers[key].copy()
               for name, (part, key) in layer.buffers().items()}
     dx = layer.backward(layer.forward(empty, training=True))
@@ -242,14 +243,22 @@ def test_float32_stays_float32_for_a_mean_of_many(kind):
     assert y.dtype == layer.backward(y).dtype == np.float32
 
 
-def test_weights_come_first_in_the_flat_array():
+def test_weights_come_first_in_the_flat_array_and_each_is_aligned(backend):
     layer = Sequential([Conv2D(2, 1), BatchNorm(), Flatten(), Dense(3)])
     layer.build((2, 2, 3))
-    assert layer.decayed_size == 3 * 2 + 8 * 3
-    weights = [p for name, p in layer.parameters().items() if name.endswith("/w")]
-    assert sum(p.size for p in weights) == layer.decayed_size
-    layer.flat_data[layer.decayed_size:] = 9
-    assert (layer.parameters()["norm1/gamma"].data == 9).all()
+    assert layer.decayed_size == 8 + 8 * 3  # the 6 weights of the convolution, and a gap
+    start = layer.flat_data.__array_interface__["data"][0] if backend.name == "numpy" else \
+        layer.flat_data.data.ptr
+    taken = 0
+    for name, p in layer.parameters().items():
+        address = p.data.__array_interface__["data"][0] if backend.name == "numpy" else \
+            p.data.data.ptr
+        assert (address - start) % (8 * 4) == 0
+        assert ((address - start) // 4 < layer.decayed_size) == name.endswith("/w")
+        p.data[...] = 9
+        taken += p.size
+    rest = backend.to_numpy(layer.flat_data)
+    assert sorted(rest) == [0] * (rest.size - taken) + [9] * taken
 
 
 def test_models_draw_other_numbers_for_each_parameter_layer_and_seed():

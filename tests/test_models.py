@@ -19,7 +19,7 @@ def test_shapes_and_parameters(name):
     shape, count = PARAMETERS[name]
     model = MODELS[name](10)
     assert model.build(shape) == (10,)
-    assert model.flat_data.size == count
+    assert sum(p.size for p in model.parameters().values()) == count
     x = np.random.default_rng(0).random((2, *shape), np.float32)
     assert model.forward(x).shape == (2, 10)
 

@@ -16,6 +16,7 @@ from gpucnn.errors import BackendError
 from gpucnn.geometry import Window
 
 Array = Any  # numpy.ndarray or cupy.ndarray
+ALGORITHMS = ("auto", "implicit_gemm", "im2col", "direct")  # of convolution, on the GPU
 
 
 class Backend(Protocol):
@@ -68,16 +69,30 @@ class Backend(Protocol):
         """The sum over the rows of a matrix."""
 
     def conv2d(self, x: Array, w: Array, b: Array | None, window: Window, groups: int,
-               activation: str | None) -> Array:
-        """x (n, h, w, c), w (kh, kw, c / groups, c_out), b (c_out,) -> A (n, oh, ow, c_out)."""
+               activation: str | None, residual: Array | None = None, algorithm: str = "auto"
+               ) -> Array:
+        """x (n, h, w, c), w (kh, kw, c / groups, c_out), b (c_out,) -> A (n, oh, ow, c_out).
+
+        residual: of A's shape, added before the activation.
+        algorithm: one of ALGORITHMS, which are the GPU's; NumPy always chooses for itself.
+        """
 
     def conv2d_backward(self, da: Array, a: Array, x: Array, w: Array, window: Window, groups: int,
-                        activation: str | None, input_gradient: bool = True
-                        ) -> tuple[Array | None, Array, Array]:
-        """da and a (n, oh, ow, c_out), x and w as in conv2d -> dx, dw, db.
+                        activation: str | None, dw: Array, db: Array | None = None,
+                        input_gradient: bool = True, algorithm: str = "auto") -> Array | None:
+        """da and a (n, oh, ow, c_out), x and w as in conv2d -> dx; writes dw and db.
 
+        dw, db: C-contiguous arrays for these gradients; db may be None.
         input_gradient: without it dx is None, and is not computed.
         """
+
+    def dense(self, x: Array, w: Array, b: Array | None, activation: str | None) -> Array:
+        """x (n, inputs), w (inputs, units), b (units,) -> A (n, units)."""
+
+    def dense_backward(self, da: Array, a: Array, x: Array, w: Array, activation: str | None,
+                       dw: Array, db: Array | None = None, input_gradient: bool = True
+                       ) -> Array | None:
+        """da and a (n, units), x and w as in dense -> dx, None if unwanted; writes dw and db."""
 
     def im2col(self, x: Array, window: Window) -> Array:
         """x (n, h, w, c) -> (n * oh * ow, kh * kw * c); padding counts as 0."""

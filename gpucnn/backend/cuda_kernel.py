@@ -269,9 +269,11 @@ def _bind(parameter: Parameter, dtype: np.dtype, types: dict[str, Any]) -> np.dt
         if dtype.name not in allowed:
             raise TypeError(f"{dtype} where the kernel reads {parameter.ctype}, which is "
                             f"{' or '.join(allowed)}")
-        types[parameter.ctype] = dtype
         if parameter.ctype == "scalar_t":
-            types.setdefault("accum_t", accumulator(dtype))
+            wanted = types.setdefault("accum_t", accumulator(dtype))
+            if wanted != accumulator(dtype):
+                raise TypeError(f"{dtype} beside sums in {wanted}")
+        types[parameter.ctype] = dtype
     return types[parameter.ctype]
 
 

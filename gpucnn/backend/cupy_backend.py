@@ -1,6 +1,7 @@
 """The GPU: CuPy arrays, and our kernels for what CuPy has no function for."""
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,13 @@ import cupy
 import numpy as np
 
 from gpucnn import convolution
+from gpucnn.backend import ALGORITHMS, cuda_convolution
+from gpucnn.backend.cuda_convolution import (
+    Problem,
+    forward_plan,
+    input_gradient_plan,
+    weight_gradient_plan,
+)
 from gpucnn.backend.cuda_kernel import Kernel
 from gpucnn.geometry import Window
 from gpucnn.numerics import blocks_of, sum_rows
@@ -20,6 +28,7 @@ _max_pool_backward = Kernel("maxpool.cu", "max_pool_backward")
 _avg_pool = Kernel("avgpool.cu", "avg_pool")
 _avg_pool_backward = Kernel("avgpool.cu", "avg_pool_backward")
 _dropout = Kernel("dropout.cu", "dropout")
+_ONE_TAP = Window(1, 1, 1, 1, 0, 0, 0, 0, 1, 1)
 
 
 class CupyBackend:
@@ -57,14 +66,41 @@ class CupyBackend:
         return sum_rows(cupy, matrix)
 
     def conv2d(self, x: Any, w: Any, b: Any, window: Window, groups: int,
-               activation: str | None) -> Any:
-        return convolution.conv2d(self, x, w, b, window, groups, activation)
+               activation: str | None, residual: Any = None, algorithm: str = "auto") -> Any:
+        problem = Problem.of(x.shape, w.shape[3], window, groups, x.dtype)
+        plan = forward_plan(problem, _algorithm(algorithm))
+        if plan.algorithm == "im2col":
+            return convolution.conv2d(self, x, w, b, window, groups, activation, residual)
+        return cuda_convolution.forward(problem, plan, x, w, b, residual, activation)
 
     def conv2d_backward(self, da: Any, a: Any, x: Any, w: Any, window: Window, groups: int,
-                        activation: str | None, input_gradient: bool = True
-                        ) -> tuple[Any, Any, Any]:
-        return convolution.conv2d_backward(self, da, a, x, w, window, groups, activation,
-                                           input_gradient)
+                        activation: str | None, dw: Any, db: Any = None,
+                        input_gradient: bool = True, algorithm: str = "auto") -> Any:
+        algorithm = _algorithm(algorithm)
+        if algorithm == "im2col":
+            dx, dw[...], bias_gradient = convolution.conv2d_backward(
+                self, da, a, x, w, window, groups, activation, input_gradient)
+            if db is not None:
+                db[...] = bias_gradient
+            return dx
+        p = Problem.of(x.shape, w.shape[3], window, groups, x.dtype)
+        dz = cuda_convolution.activation_backward(da, a, activation, db)
+        cuda_convolution.weight_gradient(p, weight_gradient_plan(p, algorithm), x, dz, dw)
+        if not input_gradient:
+            return None
+        return cuda_convolution.input_gradient(p, input_gradient_plan(p, algorithm), dz, w)
+
+    def dense(self, x: Any, w: Any, b: Any, activation: str | None) -> Any:
+        # A convolution with one tap over one image, a row of n pixels.
+        return self.conv2d(x[None, None], w[None, None], b, _ONE_TAP, 1, activation,
+                           algorithm="implicit_gemm")[0, 0]
+
+    def dense_backward(self, da: Any, a: Any, x: Any, w: Any, activation: str | None,
+                       dw: Any, db: Any = None, input_gradient: bool = True) -> Any:
+        dx = self.conv2d_backward(
+            da[None, None], a[None, None], x[None, None], w[None, None], _ONE_TAP, 1, activation,
+            dw[None, None], db, input_gradient, algorithm="implicit_gemm")
+        return None if dx is None else dx[0, 0]
 
     def im2col(self, x: Any, window: Window) -> Any:
         n, oh, ow, c = _output_shape(x.shape, window)
@@ -104,6 +140,15 @@ class CupyBackend:
         _dropout(-(-x.size // 4), x, y, x.size, drop_threshold(rate), 1 / (1 - rate),
                  *words_of(key), *words_of(stream))
         return y
+
+
+def _algorithm(of_layer: str) -> str:
+    """GPUCNN_CONV, where it is set, else the layer's own. Raises ValueError for an unknown one."""
+    chosen = os.environ.get("GPUCNN_CONV")
+    if chosen and chosen not in ALGORITHMS:
+        raise ValueError(f"GPUCNN_CONV={chosen!r} is not known; use "
+                         f"{', '.join(map(repr, ALGORITHMS))}")
+    return chosen or of_layer
 
 
 def _output_shape(x_shape: tuple[int, ...], window: Window) -> tuple[int, ...]:

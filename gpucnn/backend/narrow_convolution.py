@@ -28,7 +28,7 @@ def pays(window: Window, groups: int, x_shape: tuple[int, ...]) -> bool:
 
 
 def conv2d(backend: Backend, x: np.ndarray, w: np.ndarray, b: np.ndarray | None, window: Window,
-           activation: str | None) -> np.ndarray:
+           activation: str | None, residual: np.ndarray | None = None) -> np.ndarray:
     """As gpucnn.convolution.conv2d, without groups."""
     a = backend.empty((len(x), *window.out_size(*x.shape[1:3]), w.shape[-1]), x.dtype)
     filters = w.reshape(-1, w.shape[-1])
@@ -40,7 +40,8 @@ def conv2d(backend: Backend, x: np.ndarray, w: np.ndarray, b: np.ndarray | None,
         z = a[images, rows].reshape(-1, w.shape[-1])
         for taps, results in _in_place(_unfold(x[images, source], part), z):
             np.matmul(taps.transpose(1, 2, 0), filters, out=results)
-        finish(np, a[images, rows], bias, activation)
+        finish(np, a[images, rows], bias, activation,
+               None if residual is None else residual[images, rows])
 
     backend.for_each(convolve, blocks(backend, x, a, window))
     return a

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from gpucnn import convolution
+from gpucnn.activations import activate, activation_backward
 from gpucnn.backend import narrow_convolution, parallel, row_convolution
 from gpucnn.backend.recycling import Recycler
 from gpucnn.backend.row_convolution import pad
@@ -78,28 +79,49 @@ class NumpyBackend:
                              [np.empty(matrix.shape[1], matrix.dtype)])[0]
 
     def conv2d(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None, window: Window,
-               groups: int, activation: str | None) -> np.ndarray:
+               groups: int, activation: str | None, residual: np.ndarray | None = None,
+               algorithm: str = "auto") -> np.ndarray:
         if row_convolution.pays(window, groups, x.shape, w.shape[-1]):
-            return row_convolution.conv2d(self, x, w, b, window, activation)
+            return row_convolution.conv2d(self, x, w, b, window, activation, residual)
         if narrow_convolution.pays(window, groups, x.shape):
-            return narrow_convolution.conv2d(self, x, w, b, window, activation)
-        return convolution.conv2d(self, x, w, b, window, groups, activation)
+            return narrow_convolution.conv2d(self, x, w, b, window, activation, residual)
+        return convolution.conv2d(self, x, w, b, window, groups, activation, residual)
 
     def conv2d_backward(self, da: np.ndarray, a: np.ndarray, x: np.ndarray, w: np.ndarray,
-                        window: Window, groups: int, activation: str | None,
-                        input_gradient: bool = True
-                        ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+                        window: Window, groups: int, activation: str | None, dw: np.ndarray,
+                        db: np.ndarray | None = None, input_gradient: bool = True,
+                        algorithm: str = "auto") -> np.ndarray | None:
         # A full convolution multiplies filters with zeros around dZ: NaN for a weight that is not
         # finite, at pixels that it never saw.
         if (row_convolution.backward_pays(window, groups, x.shape, w.shape[-1], input_gradient)
                 and np.isfinite(w).all()):
-            return row_convolution.conv2d_backward(self, da, a, x, w, window, activation,
-                                                   input_gradient)
-        if not input_gradient and narrow_convolution.pays(window, groups, x.shape):
-            dw, db = narrow_convolution.weight_gradient(self, da, a, x, w, window, activation)
-            return None, dw, db
-        return convolution.conv2d_backward(self, da, a, x, w, window, groups, activation,
-                                           input_gradient)
+            dx, dw[...], bias_gradient = row_convolution.conv2d_backward(
+                self, da, a, x, w, window, activation, input_gradient)
+        elif not input_gradient and narrow_convolution.pays(window, groups, x.shape):
+            dx, (dw[...], bias_gradient) = None, narrow_convolution.weight_gradient(
+                self, da, a, x, w, window, activation)
+        else:
+            dx, dw[...], bias_gradient = convolution.conv2d_backward(
+                self, da, a, x, w, window, groups, activation, input_gradient)
+        if db is not None:
+            db[...] = bias_gradient
+        return dx
+
+    def dense(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None,
+              activation: str | None) -> np.ndarray:
+        z = self.matmul(x, w)
+        if b is not None:
+            z += b
+        return activate(np, activation, z)
+
+    def dense_backward(self, da: np.ndarray, a: np.ndarray, x: np.ndarray, w: np.ndarray,
+                       activation: str | None, dw: np.ndarray, db: np.ndarray | None = None,
+                       input_gradient: bool = True) -> np.ndarray | None:
+        dz = activation_backward(np, activation, da, a)
+        self.matmul(x.T, dz, out=dw)
+        if db is not None:
+            db[...] = self.sum_rows(dz)
+        return self.matmul(dz, w.T) if input_gradient else None
 
     def im2col(self, x: np.ndarray, window: Window) -> np.ndarray:
         n, oh, ow, c = _output_shape(x.shape, window)

@@ -55,7 +55,7 @@ def backward_pays(window: Window, groups: int, x_shape: tuple[int, ...], c_out: 
 
 
 def conv2d(backend: Backend, x: np.ndarray, w: np.ndarray, b: np.ndarray | None, window: Window,
-           activation: str | None) -> np.ndarray:
+           activation: str | None, residual: np.ndarray | None = None) -> np.ndarray:
     """As gpucnn.convolution.conv2d, without groups."""
     a = backend.empty((len(x), *window.out_size(*x.shape[1:3]), w.shape[-1]), x.dtype)
     bias = repeated(np, b, a.shape[2])
@@ -64,7 +64,8 @@ def conv2d(backend: Backend, x: np.ndarray, w: np.ndarray, b: np.ndarray | None,
         images, rows, _ = block
         source, part = band(window, x.shape[1], rows)
         _multiply(_unfold(x[images, source], part), w, part, a[images, rows])
-        finish(np, a[images, rows], bias, activation)
+        finish(np, a[images, rows], bias, activation,
+               None if residual is None else residual[images, rows])
 
     backend.for_each(convolve, blocks(backend, x, a, window))
     return a

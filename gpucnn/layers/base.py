@@ -17,6 +17,9 @@ Initializer = Callable[[Shape, int, int], np.ndarray]  # (shape, key, stream) ->
 # The random numbers of one seed never overlap: parameter i of a model draws from stream i of the
 # key `seed`, layer i from a key of its own that has these high bits.
 _LAYER_KEYS = 0xD809_0000_0000_0000
+# Each parameter starts at a multiple of so many elements of the flat arrays: 16 bytes or more that
+# a GPU reads at once, in a 16-bit copy too. The gaps hold zeros, and so do their gradients.
+_ALIGNMENT = 8
 
 
 class Parameter:
@@ -112,8 +115,9 @@ class Layer:
         dtype: float32, or float64 for gradient checks.
 
         The parameters lie in one flat array, `flat_data`, and their gradients in another,
-        `flat_grad`: first those that weight decay applies to, then biases and norms. The same
-        seed gives the same numbers on every backend.
+        `flat_grad`: first those that weight decay applies to, then biases and norms, each at a
+        multiple of 8 elements, with zeros between. The same seed gives the same numbers on every
+        backend.
         """
         if not is_int(seed):
             raise TypeError(f"{self.where}: seed must be an int, got {seed!r}")
@@ -131,15 +135,17 @@ class Layer:
         drawn = [p.initializer(p.shape, seed, stream)
                  for stream, p in enumerate(self.parameters().values())]
         order = sorted(zip(self.parameters().values(), drawn), key=lambda pair: not pair[0].decay)
-        self.decayed_size = sum(p.size for p, _ in order if p.decay)
-        flat = np.concatenate([np.empty(0), *(values.ravel() for _, values in order)])
+        sizes = [-(-p.size // _ALIGNMENT) * _ALIGNMENT for p, _ in order]
+        self.decayed_size = sum(size for size, (p, _) in zip(sizes, order) if p.decay)
+        flat = np.concatenate([np.empty(0), *(np.append(values, np.zeros(size - p.size))
+                                              for size, (p, values) in zip(sizes, order))])
         self.flat_data = self.backend.asarray(flat, dtype)
         self.flat_grad = self.backend.xp.zeros_like(self.flat_data)
         start = 0
-        for p, _ in order:
+        for size, (p, _) in zip(sizes, order):
             p.data = self.flat_data[start:start + p.size].reshape(p.shape)
             p.grad = self.flat_grad[start:start + p.size].reshape(p.shape)
-            start += p.size
+            start += size
         for number, layer in enumerate(self.walk()):
             layer.dtype, layer.built = np.dtype(dtype), True
             layer.make_state(_LAYER_KEYS ^ (seed << 16) ^ number)

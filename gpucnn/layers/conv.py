@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 
 from gpucnn import activations
-from gpucnn.backend import Array
+from gpucnn.backend import ALGORITHMS, Array
 from gpucnn.geometry import (
     IntOrPair,
     Padding,
@@ -24,6 +24,8 @@ class Conv2D(Layer):
     filters: how many, the channels of the output.
     kernel_size, stride, dilation, padding, groups, activation: as in gpucnn.ops.conv2d.
     bias: whether there is a b; batch normalisation after it would take it out again.
+    algorithm: how a GPU computes it: "auto", "implicit_gemm", "im2col" or "direct" (one to four
+        channels, or depthwise). The environment variable GPUCNN_CONV, where set, overrides it.
 
     Parameters: w (kh, kw, c / groups, filters), He's normal distribution; b (filters,), 0.
     """
@@ -34,7 +36,8 @@ class Conv2D(Layer):
 
     def __init__(self, filters: int, kernel_size: IntOrPair = 3, *, stride: IntOrPair = 1,
                  padding: Padding = 0, dilation: IntOrPair = 1, groups: int = 1,
-                 activation: str | None = None, bias: bool = True, **options):
+                 activation: str | None = None, bias: bool = True, algorithm: str = "auto",
+                 **options):
         super().__init__(**options)
         self.filters = integer(self.where, "filters", filters)
         self.kernel_size = pair(self.where, "kernel_size", kernel_size)
@@ -44,8 +47,12 @@ class Conv2D(Layer):
         self.groups = groups
         self.activation = activation
         self.bias = bias
+        self.algorithm = algorithm
         self._windows: dict[tuple[int, int], Window] = {}  # by the height and width of the input
         activations.check_name(self.where, activation)
+        if algorithm not in ALGORITHMS:
+            raise ValueError(f"{self.where}: algorithm {algorithm!r} is not known; use "
+                             f"{', '.join(map(repr, ALGORITHMS))}")
 
     def declare(self, input_shape: Shape) -> Shape:
         self._check_shape((1, *input_shape), 4)
@@ -63,7 +70,7 @@ class Conv2D(Layer):
         check_channels(self.where, x.shape, self.w.shape[2], self.groups)
         window = self._window(x.shape)
         a = self.backend.conv2d(x, self.w.data, self.b.data if self.b else None, window,
-                                self.groups, self.activation)
+                                self.groups, self.activation, algorithm=self.algorithm)
         self.save(training, x, a, window)
         return a
 
@@ -76,11 +83,9 @@ class Conv2D(Layer):
     def _backward(self, dy: Array, input_gradient: bool) -> Array:
         x, a, window = self.take_saved()
         da = self.receive_gradient(dy, a.shape)
-        dx, self.w.grad[...], db = self.backend.conv2d_backward(
-            da, a, x, self.w.data, window, self.groups, self.activation, input_gradient)
-        if self.b:
-            self.b.grad[...] = db
-        return dx
+        return self.backend.conv2d_backward(
+            da, a, x, self.w.data, window, self.groups, self.activation, self.w.grad,
+            self.b.grad if self.b else None, input_gradient, self.algorithm)
 
     def multiply_adds(self) -> int:
         return math.prod(self.output_shape[:2]) * self.w.size

@@ -42,21 +42,21 @@ class Dense(Layer):
         if x.shape[1] != self.w.shape[0]:
             raise ValueError(f"{self.where}: input has {x.shape[1]} features, weights expect "
                              f"{self.w.shape[0]}")
-        z = self.backend.matmul(x, self.w.data)
-        if self.b:
-            z += self.b.data
-        a = activations.activate(self.backend.xp, self.activation, z)
+        a = self.backend.dense(x, self.w.data, self.b.data if self.b else None, self.activation)
         self.save(training, x, a)
         return a
 
     def backward(self, dy: Array) -> Array:
+        return self._backward(dy, input_gradient=True)
+
+    def backward_parameters(self, dy: Array) -> None:
+        self._backward(dy, input_gradient=False)
+
+    def _backward(self, dy: Array, input_gradient: bool) -> Array:
         x, a = self.take_saved()
         da = self.receive_gradient(dy, a.shape)
-        dz = activations.activation_backward(self.backend.xp, self.activation, da, a)
-        self.backend.matmul(x.T, dz, out=self.w.grad)
-        if self.b:
-            self.b.grad[...] = self.backend.sum_rows(dz)
-        return self.backend.matmul(dz, self.w.data.T)
+        return self.backend.dense_backward(da, a, x, self.w.data, self.activation, self.w.grad,
+                                           self.b.grad if self.b else None, input_gradient)
 
     def multiply_adds(self) -> int:
         return self.w.size

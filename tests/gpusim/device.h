@@ -233,7 +233,8 @@ template <class... A> struct Entry<void (*)(A...)> {
         return text;
     }
 };
-#define GPUSIM_ENTRY(kernel) \
+#define GPUSIM_ENTRY(kernel, bound) \
+    extern "C" { int gpusim_bound_##kernel = (bound); } \
     extern "C" NOT_CHECKED void gpusim_call_##kernel(void** a) { \
         Entry<decltype(&kernel)>::call(&kernel, a); } \
     extern "C" NOT_CHECKED const char* gpusim_signature_##kernel() { \

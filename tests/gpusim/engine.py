@@ -30,7 +30,7 @@ _UNCHECKED = ["-O2"]
 # Fortified longjmp refuses to jump between the stacks of fibers.
 _RUNTIME = ["-std=c++17", "-O2", "-g", "-U_FORTIFY_SOURCE", "-fPIC", "-shared"]
 
-_BOUNDS = r'(?:__launch_bounds__\s*\((\d+)[^)]*\)\s*)?'
+_BOUNDS = r'(?:__launch_bounds__\s*\(([^),]+)[^)]*\)\s*)?'
 _KERNEL = re.compile(r'(extern\s+"C"\s+)?__global__\s+' + _BOUNDS + r'void\s+' + _BOUNDS
                      + r'(\w+)\s*\(([^)]*)\)\s*\{')
 _EXTERN_SHARED = re.compile(
@@ -92,14 +92,12 @@ class Module:
 
     def __init__(self, source: str, *, checked: bool = True):
         self.source, self.checked = source, checked
-        self.kernels = {name: Kernel(bool(extern), int(before or after or 1024),
-                                     [" ".join(p.split()) for p in parameters.split(",")])
-                        for extern, before, after, name, parameters in
-                        _KERNEL.findall(_strip_comments(source))}
+        found = _KERNEL.findall(_strip_comments(source))
         body = _EXTERN_SHARED.sub(r"\1* \2 = (\1*)gpusim_dynamic_shared();", source)
         text = "\n".join([
             '#include "device.h"', '#line 1 "kernel.cu"', body, '#line 1 "entries"',
-            *(f"GPUSIM_ENTRY({name})" for name in self.kernels),
+            *(f"GPUSIM_ENTRY({name}, {before or after or 1024})"
+              for _, before, after, name, _ in found),
             'extern "C" __attribute__((weak, visibility("hidden")))'
             " char __start_gpusim_shared[], __stop_gpusim_shared[];",
             'extern "C" char* gpusim_shared_low() { return __start_gpusim_shared; }',
@@ -113,6 +111,10 @@ class Module:
         self._library = C.CDLL(str(self.path))
         for bound in ("gpusim_shared_low", "gpusim_shared_high"):
             getattr(self._library, bound).restype = C.c_void_p
+        self.kernels = {
+            name: Kernel(bool(extern), C.c_int.in_dll(self._library, f"gpusim_bound_{name}").value,
+                         [" ".join(p.split()) for p in parameters.split(",")])
+            for extern, _, _, name, parameters in found}
         mapped = [line.split()[0].split("-") for line in _read_lines("/proc/self/maps")
                   if line.rstrip().endswith(str(self.path))]
         self._low = min(int(low, 16) for low, _ in mapped)

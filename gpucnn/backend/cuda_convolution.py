@@ -1,0 +1,335 @@
+"""Convolution on the GPU: which kernel does which part, in what tiles, and its launch.
+
+docs/kernels.md explains the kernels, conv_gemm.cu, conv_weight_gradient.cu and conv_direct.cu. The
+rule by which `auto` chooses among them is stated here, and what it chose can be read from the
+plans: forward_plan, input_gradient_plan and weight_gradient_plan are functions of shapes alone.
+"""
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import cupy
+import numpy as np
+
+from gpucnn import activations
+from gpucnn.backend.cuda_kernel import Kernel, accumulator
+from gpucnn.geometry import Window
+
+DIRECT_INPUTS = 4      # a direct kernel reads at most so many channels a group
+DIRECT_THREADS = ROW_THREADS = 256  # in a block, as conv_direct.cu and activation_backward.cu say
+ROWS_A_LANE = 16       # at least, that a thread of activation_backward.cu adds
+DIRECT_TERMS = 9       # terms of the weight gradient that a thread keeps in registers
+MAX_DIRECT_TERMS = 32  # of the weight gradient, where a tile of a matrix product is filled by more
+MAX_SPLITS = 64
+TERMS_A_SPLIT = 256    # at least: a block must have something to do before it writes its slab
+BLOCKS_EACH = 2        # blocks that a multiprocessor runs at a time
+PRODUCTS_A_WORD = 40   # products that a GPU does in the time in which it moves 4 bytes
+
+
+class Tile(NamedTuple):
+    """How a block divides its part of a matrix product; gemm_tile.cuh says how.
+
+    speed: its share of the largest tile's products per second, while it is full.
+    """
+
+    m: int
+    n: int
+    quads_m: int
+    quads_n: int
+    speed: float
+
+    @property
+    def threads(self) -> int:
+        return self.m * self.n // (16 * self.quads_m * self.quads_n)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What gemm_tile.cuh leaves to the launcher."""
+        return {"TILE_M": self.m, "TILE_N": self.n, "QUADS_M": self.quads_m,
+                "QUADS_N": self.quads_n}
+
+
+TILES = (Tile(128, 128, 2, 2, 1.0), Tile(128, 64, 2, 2, 0.9), Tile(64, 64, 2, 2, 0.75),
+         Tile(32, 32, 1, 1, 0.4))
+
+
+class Plan(NamedTuple):
+    """How one pass of a convolution is computed. workspace: bytes beside its arrays."""
+
+    algorithm: str
+    tile: Tile | None = None
+    splits: int = 1
+    workspace: int = 0
+
+    def blocks(self, rows: int, columns: int) -> int:
+        """Of one product of so many rows and columns, all splits together."""
+        assert self.tile is not None
+        return -(-rows // self.tile.m) * -(-columns // self.tile.n) * self.splits
+
+    def __str__(self) -> str:
+        tile = f" {self.tile.m}x{self.tile.n}" if self.tile else ""
+        return f"{self.algorithm}{tile}" + (f" / {self.splits}" if self.splits > 1 else "")
+
+
+class Problem(NamedTuple):
+    """The sizes of a convolution. x is (n, h, w, c), y is (n, oh, ow, c_out)."""
+
+    n: int
+    h: int
+    w: int
+    c: int
+    oh: int
+    ow: int
+    c_out: int
+    groups: int
+    window: Window
+    dtype: np.dtype
+
+    @classmethod
+    def of(cls, x_shape: tuple[int, ...], c_out: int, window: Window, groups: int,
+           dtype: np.dtype) -> Problem:
+        n, h, w, c = x_shape
+        return cls(n, h, w, c, *window.out_size(h, w), c_out, groups, window, np.dtype(dtype))
+
+    @property
+    def inputs(self) -> int:
+        """Input channels that an output channel reads."""
+        return self.c // self.groups
+
+    @property
+    def depthwise(self) -> bool:
+        return self.groups == self.c == self.c_out
+
+    @property
+    def direct(self) -> bool:
+        """Whether conv_direct.cu can do it."""
+        return self.depthwise or (self.groups == 1 and self.c <= DIRECT_INPUTS)
+
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        """As each kernel of a convolution takes them."""
+        v = self.window
+        return (self.n, self.h, self.w, self.c, self.oh, self.ow, v.kh, v.kw, v.sh, v.sw, v.top,
+                v.left, v.dh, v.dw)
+
+
+def forward_plan(p: Problem, algorithm: str = "auto", processors: int | None = None) -> Plan:
+    """How y is computed. processors: the multiprocessors of the GPU, by default this one's.
+
+    `auto` is direct where there is a kernel for it (Problem.direct), else implicit_gemm. Raises
+    ValueError for `direct` where there is none.
+    """
+    if algorithm == "direct" and not p.direct:
+        raise ValueError(
+            f"no direct convolution of {p.c} channels in {p.groups} groups to {p.c_out}: it takes "
+            f"1 group of at most {DIRECT_INPUTS} channels, or a group for each channel; choose "
+            "'auto' or 'implicit_gemm'")
+    if algorithm == "direct" or (algorithm == "auto" and p.direct):
+        return Plan("direct")
+    if algorithm == "im2col":
+        return _im2col_plan(p)
+    return _gemm_plan(p, p.n * p.oh * p.ow, p.c_out // p.groups, p.window.places * p.inputs,
+                      p.groups, p.n * p.oh * p.ow * p.c_out, processors)
+
+
+def input_gradient_plan(p: Problem, algorithm: str = "auto", processors: int | None = None
+                        ) -> Plan:
+    """How dx is computed: `direct` and `auto` are direct where the convolution is depthwise."""
+    if p.depthwise and algorithm in ("direct", "auto"):
+        return Plan("direct")
+    if algorithm == "im2col":
+        return _im2col_plan(p)
+    v = p.window
+    phases = min(v.sh, p.h) * min(v.sw, p.w)
+    rows = p.n * -(-p.h // v.sh) * -(-p.w // v.sw)
+    terms = -(-v.places // phases) * (p.c_out // p.groups)
+    return _gemm_plan(p, rows, p.inputs, terms, p.groups * phases, p.n * p.h * p.w * p.c,
+                      processors)
+
+
+def weight_gradient_plan(p: Problem, algorithm: str = "auto", processors: int | None = None
+                         ) -> Plan:
+    """How dw is computed. `auto` is direct where that is possible and dw has few rows."""
+    terms = p.window.places * p.inputs
+    pixels, size = p.n * p.oh * p.ow, terms * p.c_out
+    few = p.depthwise or terms <= MAX_DIRECT_TERMS
+    if p.direct and (algorithm == "direct" or (algorithm == "auto" and few)):
+        splits = max(1, min(BLOCKS_EACH * (processors or _processors()), pixels // TERMS_A_SPLIT))
+        return Plan("direct", None, splits, _slabs(size, splits, p.dtype))
+    if algorithm == "im2col":
+        return _im2col_plan(p)
+    return _gemm_plan(p, terms, p.c_out // p.groups, pixels, p.groups, size, processors)
+
+
+
+def _im2col_plan(p: Problem) -> Plan:
+    cols = p.n * p.oh * p.ow * p.window.places * p.c * p.dtype.itemsize
+    return Plan("im2col", workspace=cols)
+
+
+def _gemm_plan(p: Problem, rows: int, columns: int, terms: int, products: int, size: int,
+               processors: int | None) -> Plan:
+    """The tile and the splits of `products` products (rows x terms) (terms x columns).
+
+    Those that take the shortest time by this estimate, in products per processor:
+
+        waves of blocks * the products of a block / the tile's speed
+        + where the sum is split, what writing and reading `size` partial sums takes.
+
+    A sum is split until each processor has BLOCKS_EACH blocks, if it is long enough for that.
+    """
+    at_once = BLOCKS_EACH * (processors or _processors())
+    best, least = None, math.inf
+    for tile in TILES:
+        blocks = max(1, -(-rows // tile.m) * -(-columns // tile.n) * products)
+        splits = max(1, min(-(-at_once // blocks), terms // TERMS_A_SPLIT, MAX_SPLITS))
+        waves = -(-blocks * splits // at_once)
+        time = waves * tile.m * tile.n * -(-terms // splits) / tile.speed
+        if splits > 1:
+            time += PRODUCTS_A_WORD * (2 * splits + 1) * size / at_once
+        if time < least:
+            best, least = (tile, splits), time
+    assert best is not None
+    tile, splits = best
+    return Plan("implicit_gemm", tile, splits, _slabs(size, splits, p.dtype))
+
+
+def _slabs(size: int, splits: int, dtype: np.dtype) -> int:
+    return size * splits * accumulator(dtype).itemsize if splits > 1 else 0
+
+
+# ------------------------------------------------------------------------------------- launches
+
+_forward = Kernel("conv_gemm.cu", "conv_forward")
+_input_gradient = Kernel("conv_gemm.cu", "conv_input_gradient")
+_finish_splits = Kernel("conv_gemm.cu", "finish_splits")
+_weight_gradient = Kernel("conv_weight_gradient.cu", "conv_weight_gradient")
+_direct = Kernel("conv_direct.cu", "conv_direct")
+_depthwise_input_gradient = Kernel("conv_direct.cu", "conv_depthwise_input_gradient")
+_direct_weight_gradient = Kernel("conv_direct.cu", "conv_direct_weight_gradient")
+_sum_splits = Kernel("sum_splits.cu", "sum_splits")
+_activation_backward = Kernel("activation_backward.cu", "activation_backward_bias")
+
+
+def forward(p: Problem, plan: Plan, x: Any, w: Any, b: Any, residual: Any,
+            activation: str | None) -> Any:
+    """y = g(x * w + b + residual), by a plan that is not im2col's. b and residual may be None."""
+    y = cupy.empty((p.n, p.oh, p.ow, p.c_out), x.dtype)
+    constants = {"ACTIVATION": _activation_code(activation)}
+    if plan.tile is None:
+        vec = _wide(p.c_out, x, w, y)
+        _direct(y.size // vec, x, w, b, residual, y, *p.arguments, p.c_out, vec=vec,
+                **_direct_constants(p), **constants)
+        return y
+    outputs, partial = p.c_out // p.groups, _slab_array(plan, y.size, x.dtype)
+    blocks = plan.blocks(p.n * p.oh * p.ow, outputs) * p.groups
+    vec = _four(p.inputs, x, w, y)
+    constants |= {"VEC_N": _four(outputs, x, w, y), **plan.tile.constants}
+    _forward.launch(blocks, plan.tile.threads, x, w, b, residual, y, partial, *p.arguments,
+                    p.c_out, p.groups, plan.splits, vec=vec, **constants)
+    if partial is not None:
+        _finish_splits(y.size, partial, b, residual, y, y.size, p.c_out, plan.splits, vec=vec,
+                       **constants)
+    return y
+
+
+def input_gradient(p: Problem, plan: Plan, dz: Any, w: Any) -> Any:
+    """dx of x's shape, by a plan that is not im2col's."""
+    dx = cupy.empty((p.n, p.h, p.w, p.c), dz.dtype)
+    if plan.tile is None:
+        vec = _wide(p.c, dz, w, dx)
+        _depthwise_input_gradient(dx.size // vec, dz, w, dx, *p.arguments, vec=vec, ACTIVATION=0,
+                                  **_direct_constants(p))
+        return dx
+    v, partial = p.window, _slab_array(plan, dx.size, dz.dtype)
+    phases = min(v.sh, p.h) * min(v.sw, p.w)
+    blocks = plan.blocks(p.n * -(-p.h // v.sh) * -(-p.w // v.sw), p.inputs) * phases * p.groups
+    vec = _four(p.c_out // p.groups, dz, w, dx)
+    constants = {"ACTIVATION": 0, "VEC_N": _four(p.inputs, dz, w, dx), **plan.tile.constants}
+    _input_gradient.launch(blocks, plan.tile.threads, dz, w, dx, partial, *p.arguments, p.c_out,
+                           p.groups, plan.splits, vec=vec, **constants)
+    if partial is not None:
+        _finish_splits(dx.size, partial, None, None, dx, dx.size, p.c, plan.splits, vec=vec,
+                       **constants)
+    return dx
+
+
+def weight_gradient(p: Problem, plan: Plan, x: Any, dz: Any, dw: Any) -> None:
+    """Write dw (kh, kw, c / groups, c_out), by a plan that is not im2col's."""
+    if dz.size == 0:
+        dw.fill(0)
+        return
+    slabs = _slab_array(plan, dw.size, x.dtype)
+    out = dw if slabs is None else slabs
+    if plan.tile is None:
+        vec = _wide(p.c_out, x, dz)
+        grid = (plan.splits, -(-p.c_out // vec // DIRECT_THREADS),
+                -(-dw.size // p.c_out // DIRECT_TERMS))
+        _direct_weight_gradient.launch(grid, DIRECT_THREADS, x, dz, out, *p.arguments, p.c_out,
+                                       vec=vec, ACTIVATION=0, **_direct_constants(p))
+    else:
+        outputs = p.c_out // p.groups
+        blocks = plan.blocks(dw.size // p.c_out, outputs) * p.groups
+        _weight_gradient.launch(blocks, plan.tile.threads, x, dz, out, *p.arguments, p.c_out,
+                                p.groups, plan.splits, vec=_four(p.inputs, x, dz),
+                                VEC_N=_four(outputs, x, dz), **plan.tile.constants)
+    if slabs is not None:
+        _sum_splits(dw.size, slabs, dw, dw.size, plan.splits)
+
+
+def activation_backward(da: Any, a: Any, activation: str | None, db: Any) -> Any:
+    """dz = da g'(z); the sum of its rows is written to db (c,), unless that is None."""
+    if activation is None and db is None:
+        return da
+    c = da.shape[-1]
+    rows, vec = da.size // c, _wide(c, da, a)
+    dz = None if activation is None else cupy.empty(da.shape, da.dtype)
+    lanes = max(1, ROW_THREADS // (c // vec))
+    splits = max(1, min(BLOCKS_EACH * _processors(), rows // (ROWS_A_LANE * lanes)))
+    slabs = db if splits == 1 and db is not None else cupy.empty((splits, c),
+                                                                 accumulator(da.dtype))
+    _activation_backward.launch(splits, ROW_THREADS, da, a, dz, slabs, rows, c, vec=vec,
+                                ACTIVATION=_activation_code(activation))
+    if splits > 1 and db is not None:
+        _sum_splits(c, slabs, db, c, splits)
+    return da if dz is None else dz
+
+
+def _activation_code(activation: str | None) -> int:
+    """As activation.cuh counts."""
+    return 0 if activation is None else 1 + activations.NAMES.index(activation)
+
+
+def _direct_constants(p: Problem) -> dict[str, int]:
+    return {"DEPTHWISE": int(p.depthwise), "TERMS": DIRECT_TERMS}
+
+
+def _slab_array(plan: Plan, size: int, dtype: np.dtype) -> Any:
+    return cupy.empty((plan.splits, size), accumulator(dtype)) if plan.splits > 1 else None
+
+
+def _four(channels: int, *arrays: Any) -> int:
+    """How many channels a product's kernel reads at once: 4 where all can, else 1."""
+    return 4 if channels % 4 == 0 and _aligned(4, arrays) else 1
+
+
+def _wide(channels: int, *arrays: Any) -> int:
+    """How many channels a kernel bound by memory handles at once: 16 bytes' worth, or 1."""
+    vec = 16 // arrays[0].itemsize
+    return vec if channels % vec == 0 and _aligned(vec, arrays) else 1
+
+
+def _aligned(vec: int, arrays: tuple) -> bool:
+    return all(a.data.ptr % (vec * a.itemsize) == 0 for a in arrays)
+
+
+@functools.cache
+def _processors_of(device: int) -> int:
+    return cupy.cuda.runtime.getDeviceProperties(device)["multiProcessorCount"]
+
+
+def _processors() -> int:
+    """The multiprocessors of the current GPU."""
+    return _processors_of(cupy.cuda.Device().id)
