@@ -3,7 +3,7 @@
 From Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). The
 same numbers come out on every machine, backend and version, in any order and without a state,
 so that a mask need not be stored and a resumed run equals one that never stopped.
-`kernels/dropout.cu` computes the same function on the GPU.
+`kernels/philox.cuh` computes the same function on the GPU.
 """
 from __future__ import annotations
 

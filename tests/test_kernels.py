@@ -217,7 +217,7 @@ BUGS = {
     "average pooling counts the padding": ("avgpool.cu", "start > 0 ? start : 0", "start"),
     "average pooling reads a row too far": ("avgpool.cu", "iy < y0 + kh && iy < h", "iy < y0 + kh"),
     "dropout writes past the end": ("dropout.cu", "&& 4 * j + v < size", ""),
-    "Philox has nine rounds": ("dropout.cu", "round < 10", "round < 9"),
+    "Philox has nine rounds": ("philox.cuh", "round < 10", "round < 9"),
     "an int overflows": ("common.cuh", "p.c = i % c;  i /= c;",
                          "p.c = i % c;  i = (i + 2147483647) / c - 2147483647 / c;"),
 }
