@@ -28,7 +28,7 @@ import numpy as np
 import gpucnn
 from gpucnn import cli, losses, models, optim, training
 from gpucnn.backend import Backend, cupy_obstacle, make_backend
-from gpucnn.data import Dataset, Loader, fashion_mnist
+from gpucnn.data import Augmentation, Dataset, Loader, fashion_mnist
 from gpucnn.files import write_atomically
 from gpucnn.geometry import Window, make_window
 
@@ -224,6 +224,9 @@ def measure_shape(backend: Backend, name: str, shape: tuple[int, ...], windows: 
     cols = np.random.default_rng(1).standard_normal((n * h * w, 9 * c)).astype(np.float32)
     dy = np.random.default_rng(2).standard_normal((n, h // 2, w // 2, c)).astype(np.float32)
     _, mask = here.max_pool(x, pool)
+    augmentation = Augmentation(crop=2, flip=True)
+    cursor = {b.name: b.asarray(np.array([0, 0])) for b in (here, backend)}
+    table = {b.name: b.asarray(augmentation.table(c, np.float32)) for b in (here, backend)}
 
     def case(kernel: str, run: Callable[..., Any], *inputs: np.ndarray) -> Measurement:
         few = tuple(a[:len(a) // n * min(n, 4)] for a in inputs)
@@ -253,6 +256,9 @@ def measure_shape(backend: Backend, name: str, shape: tuple[int, ...], windows: 
         case("avg_pool_backward",
              lambda b, g: b.avg_pool_backward(g, like(pool)(len(g)), pool), dy),
         case("dropout", lambda b, a: b.dropout(a, 0.25, 1, 2), x),
+        case("gather_batch", lambda b, images, order: b.gather_batch(
+            images, order, order, cursor[b.name], len(images), table[b.name], augmentation, 1),
+             (255 * np.abs(np.sin(x))).astype(np.uint8), np.arange(n)),
     ]
 
 
@@ -304,15 +310,16 @@ def run_training(backend: Backend, arguments: argparse.Namespace) -> dict[str, A
     for _ in range(2):
         with gpucnn.use_backend("cupy"):
             model = models.article()
+            loader, test_loader = Loader(train_set, 64, seed=0), Loader(test_set, 500)
         model.build((28, 28, 1), seed=0)
         optimizer, loss = optim.Adam(model), losses.SoftmaxCrossEntropy()
         started = time.perf_counter()
-        for x, t in Loader(train_set, 64, seed=0).epoch():
+        for x, t in loader.epoch():
             training.train_step(model, loss, optimizer, x, t)
         backend.xp.cuda.Device().synchronize()
         seconds = time.perf_counter() - started
         runs.append((backend.to_numpy(model.flat_data), seconds))
-    test = training.evaluate(model, Loader(test_set, 500).epoch())
+    test = training.evaluate(model, test_loader.epoch())
     equal = bool((runs[0][0] == runs[1][0]).all())
     seconds = runs[1][1]  # the first one compiles
     return {"passed": equal and bool(np.isfinite(test.loss)), "seconds": seconds,

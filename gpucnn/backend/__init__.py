@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gpucnn.augmentation import Augmentation
 from gpucnn.errors import BackendError
 from gpucnn.geometry import Window
 
@@ -115,6 +116,18 @@ class Backend(Protocol):
 
     def dropout(self, x: Array, rate: float, key: int, stream: int) -> Array:
         """x with elements zeroed where gpucnn.rng draws below `rate`, the rest / (1 - rate)."""
+
+    def gather_batch(self, images: Array, labels: Array, order: Array, cursor: Array, n: int,
+                     table: Array, augmentation: Augmentation, key: int) -> tuple[Array, Array]:
+        """A batch of a data set, augmented: x (n, h, w, c) of the dtype of the table, y (n,) int64.
+
+        images (total, h, w, c) uint8; labels and order (total,) int64; cursor (2,) int64, the place
+            in the order where the batch begins and the epoch, read where they lie: no launch
+            depends on them.
+        table: Augmentation.table. key: image i of epoch e draws words 4 i to 4 i + 3 of stream e.
+
+        An image that is not there, or a place past the end of the order, gives NaN and label -1.
+        """
 
 
 def get_backend() -> Backend:

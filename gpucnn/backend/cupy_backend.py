@@ -9,6 +9,7 @@ import cupy
 import numpy as np
 
 from gpucnn import convolution
+from gpucnn.augmentation import Augmentation
 from gpucnn.backend import ALGORITHMS, cuda_convolution
 from gpucnn.backend.cuda_convolution import (
     Problem,
@@ -29,6 +30,7 @@ _avg_pool = Kernel("avgpool.cu", "avg_pool")
 _avg_pool_backward = Kernel("avgpool.cu", "avg_pool_backward")
 _dropout = Kernel("dropout.cu", "dropout")
 _ONE_TAP = Window(1, 1, 1, 1, 0, 0, 0, 0, 1, 1)
+_gather_batch = Kernel("gather.cu", "gather_batch")
 
 
 class CupyBackend:
@@ -140,6 +142,16 @@ class CupyBackend:
         _dropout(-(-x.size // 4), x, y, x.size, drop_threshold(rate), 1 / (1 - rate),
                  *words_of(key), *words_of(stream))
         return y
+
+    def gather_batch(self, images: Any, labels: Any, order: Any, cursor: Any, n: int, table: Any,
+                     augmentation: Augmentation, key: int) -> tuple[Any, Any]:
+        total, h, w, c = images.shape
+        x, y = cupy.empty((n, h, w, c), table.dtype), cupy.empty((n,), np.int64)
+        vec = _channels_at_once(w * c, (x, table))
+        _gather_batch(x.size // vec, table, x, y, images, labels, order, cursor, total, n, h, w, c,
+                      augmentation.crop, int(augmentation.padding == "reflect"),
+                      int(augmentation.flip), augmentation.cutout, *words_of(key), vec=vec)
+        return x, y
 
 
 def _algorithm(of_layer: str) -> str:

@@ -14,7 +14,8 @@ from numpy.lib.stride_tricks import as_strided
 
 from gpucnn import convolution
 from gpucnn.activations import activate, activation_backward
-from gpucnn.backend import narrow_convolution, parallel, row_convolution
+from gpucnn.augmentation import Augmentation
+from gpucnn.backend import batch_gather, narrow_convolution, parallel, row_convolution
 from gpucnn.backend.recycling import Recycler
 from gpucnn.backend.row_convolution import pad
 from gpucnn.geometry import Window
@@ -207,6 +208,12 @@ class NumpyBackend:
         fours = -(-x.size // (4 * count))  # words are drawn four at a time
         self.for_each(drop, blocks_of(x.size, 4 * fours))
         return y
+
+    def gather_batch(self, images: np.ndarray, labels: np.ndarray, order: np.ndarray,
+                     cursor: np.ndarray, n: int, table: np.ndarray, augmentation: Augmentation,
+                     key: int) -> tuple[np.ndarray, np.ndarray]:
+        return batch_gather.gather_batch(self, images, labels, order, cursor, n, table,
+                                         augmentation, key)
 
     def _gather(self, x_shape: tuple[int, ...], window: Window, dy: np.ndarray,
                 reaching: Callable[[slice, int], np.ndarray]) -> np.ndarray:

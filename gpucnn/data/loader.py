@@ -2,17 +2,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
+from gpucnn.augmentation import Augmentation
+from gpucnn.backend import Array, get_backend
 from gpucnn.data.dataset import Dataset
+
+# What a model of the same seed draws has other high bits: see gpucnn.layers.base.
+_AUGMENTATION_KEYS = 0xA064_0000_0000_0000
 
 
 def to_float(images: np.ndarray) -> np.ndarray:
     """uint8 images of 0 to 255 as float32 of 0 to 1, x / 255: all the preprocessing there is.
 
     Training, evaluation and prediction share it, so that a model sees the same numbers in each.
-    Raises TypeError for any other dtype, which may be on another scale.
+    A Loader without an Augmentation gives the same. Raises TypeError for any other dtype, which may
+    be on another scale.
     """
     if images.dtype != np.uint8:
         raise TypeError(f"to_float: images are {images.dtype}; expected uint8 (0..255)")
@@ -22,46 +29,93 @@ def to_float(images: np.ndarray) -> np.ndarray:
 
 
 class Loader:
-    """Cuts a data set into batches of (x, y).
+    """Cuts a data set into batches of (x, y) on the backend in use where the loader is made.
 
-    x is float32 (m, h, w, c) from `to_float`, y int64 (m,), where m is batch_size but for a
-    shorter last batch. Only the batch at hand is converted to floats.
+    The data set is moved there once, as bytes; a batch is one kernel. x is (m, h, w, c) of `dtype`,
+    y int64 (m,), where m is batch_size but for a shorter last batch.
 
     seed: None keeps the order of the data set; an int from 0 to 2**64 - 1 shuffles it anew
         in each epoch.
+    augmentation: what is done to each image; without one x is pixel / 255. What is drawn depends on
+        seed, epoch and the image's number alone: on neither the batch size nor the backend.
+    dtype: float32, float64, float16 or bfloat16 (which NumPy knows where ml_dtypes is imported).
+
+    Raises TypeError and ValueError, also where the augmentation does not fit the images.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, *, seed: int | None = None) -> None:
+    def __init__(self, dataset: Dataset, batch_size: int, *, seed: int | None = None,
+                 augmentation: Augmentation | None = None, dtype: Any = np.float32) -> None:
         _check_int("batch_size", batch_size, 1)
         if seed is not None:
             _check_int("seed", seed, 0)
+        self.dtype = np.dtype(dtype)
+        if self.dtype.name not in ("float32", "float64", "float16", "bfloat16"):
+            raise TypeError("Loader: dtype must be float32, float64, float16 or bfloat16, got "
+                            f"{self.dtype}")
+        self.augmentation = Augmentation() if augmentation is None else augmentation
+        if seed is None and self.augmentation.draws:
+            raise ValueError("Loader: an augmentation that draws random numbers needs a seed")
+        self.augmentation.check_fits(*dataset.images.shape[1:])
         self.dataset = dataset
         self.batch_size = int(batch_size)
         self.seed = seed
+        self.backend = get_backend()
+        self._images = self.backend.asarray(dataset.images)
+        self._labels = self.backend.asarray(dataset.labels, np.int64)
+        self._table = self.backend.asarray(
+            self.augmentation.table(dataset.images.shape[3], self.dtype))
 
     def __len__(self) -> int:
         """The number of batches in an epoch."""
         return -(-len(self.dataset) // self.batch_size)
 
-    def epoch(self, number: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield the batches of epoch `number`, the first being 0."""
+    def epoch(self, number: int = 0, position: int = 0) -> Iterator[tuple[Array, Array]]:
+        """Yield the batches of epoch `number`, the first being 0.
+
+        position: how many images to leave out at the start, to go on with an epoch that was
+            interrupted: a multiple of batch_size gives the batches that it would have given.
+        """
+        order, cursor = self.start(number, position)
+        return (self.gather(order, cursor, min(self.batch_size, len(self.dataset) - at))
+                for at in range(position, len(self.dataset), self.batch_size))
+
+    def start(self, number: int = 0, position: int = 0) -> tuple[Array, Array]:
+        """order (n,) and cursor (2,), int64 on the backend: what gather() reads.
+
+        order holds the numbers of the images as epoch `number` visits them, cursor the position
+        in it and the epoch.
+        """
         _check_int("epoch", number, 0)
-        return self._batches(self._order(number))
+        _check_int("position", position, 0)
+        n = len(self.dataset)
+        if position > n:
+            raise ValueError(f"Loader: position must be <= {n}, the number of images, got "
+                             f"{position}")
+        cursor = np.array([position, number], np.uint64).view(np.int64)
+        return self.backend.asarray(self._order(number)), self.backend.asarray(cursor)
+
+    def gather(self, order: Array, cursor: Array, size: int) -> tuple[Array, Array]:
+        """The next `size` images and labels at the cursor, which is advanced by as many.
+
+        Nothing waits for the device or depends on its memory: a CUDA graph that has captured the
+        call goes through the epoch as it is replayed, and through another once that one's start()
+        is copied into the same two arrays. An image that is not in the data set, or past the end
+        of the order, gives NaN and the label -1: a device cannot raise an error.
+        """
+        batch = self.backend.gather_batch(
+            self._images, self._labels, order, cursor, size, self._table, self.augmentation,
+            _AUGMENTATION_KEYS ^ (self.seed or 0))
+        cursor[:1] += size
+        return batch
 
     def _order(self, number: int) -> np.ndarray:
         n = len(self.dataset)
         if self.seed is None:
-            return np.arange(n)
+            return np.arange(n, dtype=np.int64)
         # NumPy promises that a bit generator's raw stream never changes, but promises nothing
         # for Generator.permutation (NEP 19). So: sort by random keys.
         philox = np.random.Philox(key=np.array([self.seed, number], np.uint64))
-        return np.argsort(philox.random_raw(n), kind="stable")
-
-    def _batches(self, order: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start:start + self.batch_size]
-            x, y = self.dataset.images[chosen], self.dataset.labels[chosen]
-            yield to_float(x), y.astype(np.int64)
+        return np.argsort(philox.random_raw(n), kind="stable").astype(np.int64, copy=False)
 
 
 def _check_int(name: str, value: object, least: int) -> None:

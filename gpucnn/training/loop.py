@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpucnn.backend import Array
+from gpucnn.backend import Array, backend_of
 from gpucnn.errors import DataError, TrainingError
 from gpucnn.layers import Layer
 from gpucnn.losses import SoftmaxCrossEntropy
@@ -15,7 +15,7 @@ from gpucnn.ops import as_array
 from gpucnn.optim import Optimizer
 
 Loss = Callable[[Array, Array], tuple[Array, Array]]
-Batches = Iterable[tuple[np.ndarray, np.ndarray]]
+Batches = Iterable[tuple[Array, Array]]
 
 
 def train_step(model: Layer, loss: Loss, optimizer: Optimizer, x: Any, t: Any, *,
@@ -79,7 +79,7 @@ def evaluate(model: Layer, batches: Batches) -> Evaluation:
             logits = model.forward(_receive(model, x))
             value, _ = loss(logits, t)
         total += float(value) * len(t)
-        labels.append(np.asarray(t))
+        labels.append(np.asarray(backend_of(t).to_numpy(t)))
         predictions.append(model.backend.to_numpy(logits.argmax(axis=1)))
     if not labels:
         raise DataError("the data set has 0 samples; nothing to evaluate")

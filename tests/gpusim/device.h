@@ -198,6 +198,8 @@ template <class To, class From> NOT_CHECKED To gpusim_bits(From from) {
 }
 static inline int __float_as_int(float f) { return gpusim_bits<int>(f); }
 static inline float __int_as_float(int i) { return gpusim_bits<float>(i); }
+static inline unsigned __float_as_uint(float f) { return gpusim_bits<unsigned>(f); }
+static inline float __uint_as_float(unsigned u) { return gpusim_bits<float>(u); }
 
 // ------------------------------------------------------------------------------ launch entries
 

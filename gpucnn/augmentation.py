@@ -1,0 +1,120 @@
+"""What a batch of images goes through on its way from bytes to the numbers that a network sees."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpucnn.geometry import is_int
+
+CUT, NO_IMAGE, ENTRIES = 256, 257, 258  # as in kernels/gather.cu
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random crop, mirroring and cutout, then (pixel / 255 - mean) / std. By default pixel / 255.
+
+    crop: pad each side by so many pixels and take a window of the image's own size, at one of the
+        (2 crop + 1)^2 places. Less than the height and the width.
+    padding: "zero" pads with black pixels, "reflect" with the image mirrored at its border pixels,
+        which are not repeated, as in numpy.pad.
+    flip: mirror left and right in half of all cases.
+    cutout: set a square of so many pixels a side to the mean (0 after normalising) around a pixel
+        of the output chosen at random; what lies outside is not cut (DeVries and Taylor 2017). An
+        even side reaches one pixel further up and left. At most the height and the width.
+    mean, std: of each channel, or one number for all, on the scale from 0 to 1. What a model was
+        trained with belongs to its evaluation too; the scripts use none.
+
+    All places are equally likely. Raises TypeError and ValueError.
+    """
+
+    crop: int = 0
+    flip: bool = False
+    cutout: int = 0
+    padding: str = "zero"
+    mean: float | Sequence[float] = 0.0
+    std: float | Sequence[float] = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("crop", "cutout"):
+            value = getattr(self, name)
+            if not is_int(value):
+                raise TypeError(f"Augmentation: {name} must be an int, got {value!r}")
+            if value < 0:
+                raise ValueError(f"Augmentation: {name} must be >= 0, got {value}")
+        if not isinstance(self.flip, bool):
+            raise TypeError(f"Augmentation: flip must be a bool, got {self.flip!r}")
+        if self.padding not in ("zero", "reflect"):
+            raise ValueError("Augmentation: padding must be 'zero' or 'reflect', got "
+                             f"{self.padding!r}")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            numbers: np.ndarray
+            try:
+                with np.errstate(over="ignore"):
+                    numbers = np.asarray(value, np.float32)  # in which it may be computed
+            except (TypeError, ValueError):
+                numbers = np.empty((0, 0))
+            if numbers.ndim > 1 or not numbers.size:
+                raise TypeError(f"Augmentation: {name} must be a number or one for each channel, "
+                                f"got {value!r}")
+            if not np.isfinite(numbers).all() or (name == "std" and (numbers <= 0).any()):
+                raise ValueError(f"Augmentation: {name} must be finite"
+                                 f"{' and > 0' if name == 'std' else ''}, got {value!r}")
+
+    @property
+    def draws(self) -> bool:
+        """Whether any of it is random."""
+        return bool(self.crop or self.flip or self.cutout)
+
+    def check_fits(self, h: int, w: int, c: int) -> None:
+        """Raise ValueError where images of (h, w, c) are too small, or have other channels."""
+        if not h * w * c:
+            raise ValueError(f"images of {h}x{w} with {c} channels have no pixels")
+        if self.crop >= min(h, w) and self.crop:
+            raise ValueError(f"Augmentation: crop must be less than the height and the width of "
+                             f"the images, {h}x{w}; got {self.crop}")
+        if self.cutout > min(h, w):
+            raise ValueError(f"Augmentation: cutout must be at most the height and the width of "
+                             f"the images, {h}x{w}; got {self.cutout}")
+        for name in ("mean", "std"):
+            given = np.size(getattr(self, name))
+            if given not in (1, c):
+                raise ValueError(f"Augmentation: {name} has {given} values, the images have {c} "
+                                 f"channel{'s' if c > 1 else ''}")
+
+    def normalise(self, pixels: np.ndarray, out: np.ndarray) -> None:
+        """Write (pixels / 255 - mean) / std to out: uint8 (m, h, w, c) -> floats (m, h, w, c).
+
+        Computed in float64 for float64, else in float32, and then rounded to the dtype of out.
+        """
+        short = out.dtype.itemsize < 4
+        x = np.empty(out.shape, np.float32) if short else out
+        np.divide(pixels, 255, out=x, dtype=x.dtype)
+        *_, h, w, c = x.shape
+        if np.any(self.mean):
+            x -= _spread(self.mean, h, w, c, x.dtype)
+        if not np.all(np.equal(self.std, 1)):
+            x /= _spread(self.std, h, w, c, x.dtype)
+        if short:
+            out[...] = x
+
+    def table(self, c: int, dtype: Any) -> np.ndarray:
+        """What becomes of each byte of each of c channels: (c, ENTRIES).
+
+        The last two entries are 0, for what is cut out, and NaN, for an image that is not there.
+        """
+        table = np.zeros((c, ENTRIES), dtype)
+        of_bytes = np.empty((1, 1, 256, c), dtype)
+        self.normalise(np.repeat(np.arange(256, dtype=np.uint8), c).reshape(of_bytes.shape),
+                       out=of_bytes)
+        table[:, :256] = of_bytes[0, 0].T
+        table[:, NO_IMAGE] = np.nan
+        return table
+
+
+def _spread(value: float | Sequence[float], h: int, w: int, c: int, dtype: Any) -> np.ndarray:
+    """value for each element of an image: NumPy is slow along an axis of three."""
+    return np.tile(np.broadcast_to(np.asarray(value, dtype), c), h * w).reshape(h, w, c)
