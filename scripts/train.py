@@ -19,7 +19,7 @@ import numpy as np
 import gpucnn
 from gpucnn import cli, losses, metrics, optim
 from gpucnn.backend import Backend
-from gpucnn.data import Dataset, Loader
+from gpucnn.data import Augmentation, Dataset, Loader
 from gpucnn.files import write_atomically
 from gpucnn.models import MODELS, save_model
 from gpucnn.training import check_finite, evaluate, train_step
@@ -50,8 +50,14 @@ def parser() -> argparse.ArgumentParser:
                    help="share of each label given to all classes (default: %(default)s)")
     p.add_argument("--clip-norm", type=cli.positive_float, metavar="NORM",
                    help="scale gradients down to this joint norm (default: do not)")
-    p.add_argument("--seed", type=cli.seed, default=0,
-                   help="of initial weights, shuffling and dropout (default: %(default)s)")
+    p.add_argument("--crop", type=cli.positive_int, metavar="P", default=0,
+                   help="shift each training image by up to P pixels, at random (default: do not)")
+    p.add_argument("--flip", action="store_true",
+                   help="mirror half of the training images, chosen at random")
+    p.add_argument("--cutout", type=cli.positive_int, metavar="K", default=0,
+                   help="blacken a square of K x K pixels in each training image (default: do not)")
+    p.add_argument("--seed", type=cli.seed, default=0, help="of initial weights, shuffling, "
+                   "augmentation and dropout (default: %(default)s)")
     p.add_argument("--train-images", type=cli.positive_int, metavar="N",
                    help="train on the first N images only")
     p.add_argument("--test-images", type=cli.positive_int, metavar="N",
@@ -83,7 +89,9 @@ def train(arguments: argparse.Namespace, backend: Backend, train_set: Dataset, t
     if arguments.learning_rate:
         options = options | {"learning_rate": arguments.learning_rate}
     optimizer = make_optimizer(model, **options)
-    loader = Loader(train_set, arguments.batch_size, seed=arguments.seed)
+    loader = Loader(train_set, arguments.batch_size, seed=arguments.seed, augmentation=Augmentation(
+        crop=arguments.crop, flip=arguments.flip, cutout=arguments.cutout))
+    test_loader = Loader(test_set, EVALUATION_BATCH)
     print(f"{arguments.model}: {sum(p.size for p in model.parameters().values()):,} parameters; "
           f"{len(train_set):,} training and {len(test_set):,} test images; "
           f"{arguments.optimizer}, learning rate {optimizer.learning_rate:g}, batches of "
@@ -99,7 +107,7 @@ def train(arguments: argparse.Namespace, backend: Backend, train_set: Dataset, t
         train_loss, train_accuracy = train_epoch(
             model, loss, optimizer, loader, epoch, arguments, history, last_good)
         training_seconds += time.perf_counter() - started
-        test = evaluate(model, Loader(test_set, EVALUATION_BATCH).epoch())
+        test = evaluate(model, test_loader.epoch())
         for name, value in (("epoch", epoch), ("train_loss", train_loss),
                             ("train_accuracy", train_accuracy), ("test_loss", test.loss),
                             ("test_accuracy", test.accuracy)):
@@ -123,6 +131,7 @@ def train(arguments: argparse.Namespace, backend: Backend, train_set: Dataset, t
         "epochs": arguments.epochs, "batch_size": arguments.batch_size,
         "optimizer": arguments.optimizer, "learning_rate": optimizer.learning_rate,
         "label_smoothing": arguments.label_smoothing, "clip_norm": arguments.clip_norm,
+        "crop": arguments.crop, "flip": arguments.flip, "cutout": arguments.cutout,
         "seed": arguments.seed, "train_set": train_set.name, "train_images": len(train_set),
         "test_images": len(test_set), "versions": {
             "gpucnn": gpucnn.__version__, "python": platform.python_version(),

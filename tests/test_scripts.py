@@ -87,6 +87,21 @@ def test_the_same_seed_gives_the_same_bits(trained, tmp_path):
         assert first == again != other
 
 
+def test_augmented_training_is_a_function_of_the_seed_too(trained, tmp_path):
+    options = ("--crop", 2, "--flip", "--cutout", 6)
+    for name in ("one", "two"):
+        run("scripts.train", *SMALL, *options, "--out", tmp_path / name)
+    plain, one, two = ((folder / "history.json").read_bytes() for folder in (
+        trained[0], tmp_path / "one", tmp_path / "two"))
+    assert plain != one == two
+    metrics = json.loads((tmp_path / "one" / "metrics.json").read_text())
+    assert (metrics["crop"], metrics["flip"], metrics["cutout"]) == (2, True, 6)
+    result = run("scripts.train", *SMALL, "--crop", 28, "--out", tmp_path / "large", code=1)
+    assert error_of(result) == ("gpucnn: error: Augmentation: crop must be less than the height "
+                                "and the width of the images, 28x28; got 28")
+    assert not (tmp_path / "large").exists()
+
+
 def test_a_run_is_not_overwritten(trained):
     out, _ = trained
     result = run("scripts.train", *SMALL, "--out", out, code=1)
