@@ -108,6 +108,13 @@ class Problem(NamedTuple):
         return self.depthwise or (self.groups == 1 and self.c <= DIRECT_INPUTS)
 
     @property
+    def gradient_phases(self) -> tuple[int, int]:
+        """How many phases conv_gemm.cu divides dx into, and the pixels of the largest."""
+        v = self.window
+        return (max(1, min(v.sh, self.h) * min(v.sw, self.w)),
+                self.n * -(-self.h // v.sh) * -(-self.w // v.sw))
+
+    @property
     def arguments(self) -> tuple[int, ...]:
         """As each kernel of a convolution takes them."""
         v = self.window
@@ -141,10 +148,8 @@ def input_gradient_plan(p: Problem, algorithm: str = "auto", processors: int | N
         return Plan("direct")
     if algorithm == "im2col":
         return _im2col_plan(p)
-    v = p.window
-    phases = min(v.sh, p.h) * min(v.sw, p.w)
-    rows = p.n * -(-p.h // v.sh) * -(-p.w // v.sw)
-    terms = -(-v.places // phases) * (p.c_out // p.groups)
+    phases, rows = p.gradient_phases
+    terms = -(-p.window.places // phases) * (p.c_out // p.groups)
     return _gemm_plan(p, rows, p.inputs, terms, p.groups * phases, p.n * p.h * p.w * p.c,
                       processors)
 
@@ -243,9 +248,8 @@ def input_gradient(p: Problem, plan: Plan, dz: Any, w: Any) -> Any:
         _depthwise_input_gradient(dx.size // vec, dz, w, dx, *p.arguments, vec=vec, ACTIVATION=0,
                                   **_direct_constants(p))
         return dx
-    v, partial = p.window, _slab_array(plan, dx.size, dz.dtype)
-    phases = min(v.sh, p.h) * min(v.sw, p.w)
-    blocks = plan.blocks(p.n * -(-p.h // v.sh) * -(-p.w // v.sw), p.inputs) * phases * p.groups
+    partial, (phases, rows) = _slab_array(plan, dx.size, dz.dtype), p.gradient_phases
+    blocks = plan.blocks(rows, p.inputs) * phases * p.groups
     vec = _four(p.c_out // p.groups, dz, w, dx)
     constants = {"ACTIVATION": 0, "VEC_N": _four(p.inputs, dz, w, dx), **plan.tile.constants}
     _input_gradient.launch(blocks, plan.tile.threads, dz, w, dx, partial, *p.arguments, p.c_out,
