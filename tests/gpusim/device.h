@@ -19,7 +19,7 @@
 // All static shared memory lies in one section, so that its bounds are known and it can be filled
 // with garbage before each block.
 #define __shared__ static __attribute__((section("gpusim_shared")))
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 #define NOT_CHECKED __attribute__((no_sanitize("thread", "undefined")))
 #define assert(e) ((e) ? (void)0 : gpusim_trap("assert(" #e ")"))
 #define __trap() gpusim_trap("__trap()")
@@ -200,6 +200,10 @@ static inline int __float_as_int(float f) { return gpusim_bits<int>(f); }
 static inline float __int_as_float(int i) { return gpusim_bits<float>(i); }
 static inline unsigned __float_as_uint(float f) { return gpusim_bits<unsigned>(f); }
 static inline float __uint_as_float(unsigned u) { return gpusim_bits<float>(u); }
+
+#ifdef GPUSIM_PTX  // the source contains asm statements
+#include "ptx.h"
+#endif
 
 // ------------------------------------------------------------------------------ launch entries
 

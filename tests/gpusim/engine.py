@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.gpusim import inline_ptx
+
 HERE = Path(__file__).resolve().parent
 CACHE = Path(tempfile.gettempdir()) / f"gpusim-{os.getuid()}"
 CXX = os.environ.get("CXX", "g++")
@@ -28,14 +30,18 @@ _CHECKED = ["-O1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit
             "float-cast-overflow,unreachable", "-fno-sanitize-recover=all"]
 _UNCHECKED = ["-O2"]
 # Fortified longjmp refuses to jump between the stacks of fibers.
+_RUNTIME_FILES = ("runtime.cpp", "runtime_ptx.h")
 _RUNTIME = ["-std=c++17", "-O2", "-g", "-U_FORTIFY_SOURCE", "-fPIC", "-shared"]
 
 _BOUNDS = r'(?:__launch_bounds__\s*\(([^),]+)[^)]*\)\s*)?'
 _KERNEL = re.compile(r'(extern\s+"C"\s+)?__global__\s+' + _BOUNDS + r'void\s+' + _BOUNDS
                      + r'(\w+)\s*\(([^)]*)\)\s*\{')
 _EXTERN_SHARED = re.compile(
-    r"extern\s+__shared__\s+(?:__align__\s*\(\s*\d+\s*\)\s*)?(\w+)\s+(\w+)\s*\[\s*\]\s*;")
+    r"extern\s+__shared__\s+(?:(?:__align__|alignas)\s*\(\s*\d+\s*\)\s*)?"
+    r"((?:unsigned\s+)?\w+)\s+(\w+)\s*\[\s*\]\s*;")
 _SMALL_SHARED = re.compile(r"__shared__[^;]*\b(char|short|bool|u?int(8|16)_t)\b")
+_ASM = re.compile(r"\b(?:asm|__asm__|__asm)\b")
+_KERNEL_START = '# 1 "kernel.cu"'
 
 
 class KernelFault(RuntimeError):
@@ -93,9 +99,11 @@ class Module:
     def __init__(self, source: str, *, checked: bool = True):
         self.source, self.checked = source, checked
         found = _KERNEL.findall(_strip_comments(source))
+        self._has_ptx = bool(_ASM.search(_strip_comments(source)))
         body = _EXTERN_SHARED.sub(r"\1* \2 = (\1*)gpusim_dynamic_shared();", source)
         text = "\n".join([
-            '#include "device.h"', '#line 1 "kernel.cu"', body, '#line 1 "entries"',
+            "#define GPUSIM_PTX" if self._has_ptx else "", '#include "device.h"',
+            '#line 1 "kernel.cu"', body, '#line 1 "entries"',
             *(f"GPUSIM_ENTRY({name}, {before or after or 1024})"
               for _, before, after, name, _ in found),
             'extern "C" __attribute__((weak, visibility("hidden")))'
@@ -104,9 +112,10 @@ class Module:
             'extern "C" char* gpusim_shared_high() { return __stop_gpusim_shared; }', ""])
         flags = _BASE + (_CHECKED if checked else _UNCHECKED)
         runtime = _build_runtime()
-        key = _hash(text, *flags, runtime.name, (HERE / "device.h").read_text())
+        key = _hash(text, *flags, runtime.name, *(
+            (HERE / name).read_text() for name in ("device.h", "ptx.h", "inline_ptx.py")))
         self.path = _build(CACHE / f"kernel-{key}.so",
-                           lambda out: _compile(text, flags, runtime, out))
+                           lambda out: _compile(text, flags, runtime, out, self._has_ptx))
         self._runtime = C.CDLL(str(runtime), mode=C.RTLD_GLOBAL)
         self._library = C.CDLL(str(self.path))
         for bound in ("gpusim_shared_low", "gpusim_shared_high"):
@@ -141,25 +150,35 @@ class Module:
         run = self._runtime.gpusim_launch
         run.argtypes = [C.POINTER(_Launch), C.c_void_p, C.c_void_p, C.c_size_t, C.c_size_t,
                         C.c_uint32]
-        # Shared memory is watched word by word, unless the source keeps something smaller there.
-        shared_shift = 0 if _SMALL_SHARED.search(self.source) else 2
+        # Shared memory is watched word by word, unless the source keeps something smaller there:
+        # PTX may store 16 bits whatever the array's type.
+        shared_shift = 0 if _SMALL_SHARED.search(self.source) else 1 if self._has_ptx else 2
         if run(C.byref(launch), self._library.gpusim_shared_low(),
                self._library.gpusim_shared_high(), self._low, self._high, shared_shift):
             fault = launch.fault.decode(errors="replace")
             raise KernelFault(f"{self._line_of(launch.fault_address)}: {name}: {fault}")
 
     def _line_of(self, address: int) -> str:
-        """file:line of an address, in the innermost frame that is not in device.h."""
+        """file:line of an address, in the innermost frame that is not in our own headers."""
         found = subprocess.run(["addr2line", "-i", "-e", self.path, hex(address - self._low - 1)],
                                capture_output=True, text=True, check=False).stdout
         lines = [Path(line.split(" (")[0]).name for line in found.splitlines()]
-        return next((line for line in lines if not line.startswith("device.h")), "?")
+        return next((line for line in lines if not line.startswith(("device.h", "ptx.h"))), "?")
 
 
-def _compile(text: str, flags: list[str], runtime: Path, out: Path) -> None:
+def _compile(text: str, flags: list[str], runtime: Path, out: Path, has_ptx: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, compiled = Path(folder) / "kernel.cpp", Path(folder) / "kernel.o"
         source.write_text(text)
+        if has_ptx:  # after the preprocessor, so that macros may hold asm statements
+            preprocessed = source.with_suffix(".ii")
+            _run(CXX, *flags, f"-I{HERE}", "-E", "-o", preprocessed, source)
+            headers, start, kernels = preprocessed.read_text().partition(_KERNEL_START)
+            try:
+                preprocessed.write_text(headers + inline_ptx.translate(start + kernels))
+            except inline_ptx.PtxError as e:
+                raise CompileError(str(e)) from None
+            source = preprocessed
         _run(CXX, *flags, f"-I{HERE}", "-c", "-o", compiled, source)
         # Linked in a step of its own: with -fsanitize=thread the linker would bring in libtsan.
         _run(CXX, "-shared", "-Wl,-Bsymbolic", "-o", out, compiled, runtime,
@@ -168,9 +187,9 @@ def _compile(text: str, flags: list[str], runtime: Path, out: Path) -> None:
 
 @functools.cache
 def _build_runtime() -> Path:
-    source = HERE / "runtime.cpp"
-    key = _hash(source.read_text(), *_RUNTIME)
-    return _build(CACHE / f"runtime-{key}.so", lambda out: _run(CXX, *_RUNTIME, "-o", out, source))
+    key = _hash(*((HERE / name).read_text() for name in _RUNTIME_FILES), *_RUNTIME)
+    return _build(CACHE / f"runtime-{key}.so",
+                  lambda out: _run(CXX, *_RUNTIME, "-o", out, HERE / _RUNTIME_FILES[0]))
 
 
 def _build(path: Path, make: Callable[[Path], None]) -> Path:

@@ -5,9 +5,12 @@ import ctypes as C
 import ctypes.util
 import functools
 import os
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+_RESOURCE = re.compile(r"(\d+) bytes (smem|stack frame|spill stores|spill loads)")
 
 
 class Compiled(NamedTuple):
@@ -35,7 +38,17 @@ def find() -> tuple[C.CDLL | None, str]:
     return None, "there is no NVRTC; pip install nvidia-cuda-nvrtc"
 
 
-def compile(source: str, file: str, architecture: str) -> Compiled:
+class Resources(NamedTuple):
+    """What one kernel needs, in registers a thread and bytes (of static shared memory)."""
+
+    registers: int
+    shared: int
+    stack: int  # a thread, spilled registers included
+    spill_stores: int
+    spill_loads: int
+
+
+def compile(source: str, file: str, architecture: str, *options: str) -> Compiled:
     """Compile for sm_NN (ptxas included) or compute_NN. Raises NvrtcError."""
     library, reason = find()
     if library is None:
@@ -43,9 +56,9 @@ def compile(source: str, file: str, architecture: str) -> Compiled:
     program = C.c_void_p()
     library.nvrtcCreateProgram(C.byref(program), source.encode(), file.encode(), 0, None, None)
     try:
-        options = [f"-arch={architecture}".encode(), b"-std=c++17"]
-        failed = library.nvrtcCompileProgram(program, len(options),
-                                             (C.c_char_p * len(options))(*options))
+        given = [o.encode() for o in (f"-arch={architecture}", "-std=c++17", *options)]
+        failed = library.nvrtcCompileProgram(program, len(given),
+                                             (C.c_char_p * len(given))(*given))
         log = _get(library, program, "ProgramLog").decode(errors="replace").rstrip("\0\n")
         if failed:
             raise NvrtcError(log)
@@ -53,6 +66,20 @@ def compile(source: str, file: str, architecture: str) -> Compiled:
         return Compiled(_get(library, program, kind), log)
     finally:
         library.nvrtcDestroyProgram(C.byref(program))
+
+
+def resources(compiled: Compiled) -> dict[str, Resources]:
+    """By kernel. Needs compile(..., "--ptxas-options=-v") for an sm_ architecture."""
+    found = {}
+    for part in compiled.log.split("Compiling entry function ")[1:]:
+        name = part.split("'")[1]
+        # What the log says of functions that are not inlined follows; the kernel's comes first.
+        numbers = {what: int(n) for n, what in reversed(_RESOURCE.findall(part))}
+        registers = re.search(r"Used (\d+) registers", part)
+        assert registers, part
+        found[name] = Resources(int(registers[1]), *(numbers.get(what, 0) for what in (
+            "smem", "stack frame", "spill stores", "spill loads")))
+    return found
 
 
 def _get(library: C.CDLL, program: C.c_void_p, what: str) -> bytes:

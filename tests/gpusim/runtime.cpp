@@ -23,7 +23,10 @@ Index3 gpusim_threadIdx, gpusim_blockIdx, gpusim_blockDim, gpusim_gridDim;
 }
 
 // What the race checker remembers of one granule of memory.
-struct Cell { uint64_t last_write, last_read; };
+struct Cell {
+    uint64_t last_write, last_read;
+    uint64_t proxy_fences;  // how many fence.proxy.async the writer had executed
+};
 
 enum Kind : uint32_t { GLOBAL, SHARED, MODULE };  // module data is not checked for races
 
@@ -60,6 +63,9 @@ struct Fiber {
 
 typedef void (*Collective)(void** lanes, unsigned mask);
 
+struct AsyncCopy { char* to; const char* from; unsigned size, source_size; void* pc; };
+typedef std::vector<AsyncCopy> CopyGroup;
+
 struct Thread {
     Fiber* fiber;
     Index3 index;
@@ -72,6 +78,11 @@ struct Thread {
     unsigned mask;  // at a warp operation
     void* arg;
     Collective operation;
+    // For inline PTX, see runtime_ptx.h.
+    CopyGroup uncommitted_copies;
+    std::vector<CopyGroup> copy_groups;  // oldest first
+    uint64_t proxy_fences;               // how many fence.proxy.async it has executed,
+    uint32_t last_proxy_fence;           // and the barrier epoch of the last one
 };
 
 static const size_t STACK = 256 << 10;
@@ -90,7 +101,7 @@ static unsigned n_threads, n_started, n_waiting, n_exited, block_number;
 static uint32_t barrier_epoch;
 static std::vector<Region> regions;
 static Region* last_region;
-static char* dynamic_shared;
+static char *dynamic_shared, *static_shared_low, *static_shared_high;
 static size_t dynamic_capacity;
 static uint64_t n_accesses;
 
@@ -271,9 +282,10 @@ extern "C" void* gpusim_dynamic_shared() { return dynamic_shared; }
 // ------------------------------------------------------------------------------ memory checker
 
 // An access in a Cell, from the high bits down: valid, atomic (of a write) or several threads (of a
-// read), several warps, several blocks, then block 24, thread 10, barrier epoch 13, warp epoch 13.
+// read), in flight (of a cp.async) or several warps, several blocks, then block 24, thread 10,
+// barrier epoch 13, warp epoch 13.
 static const uint64_t VALID = 1ull << 63, ATOMIC = 1ull << 62, THREADS = 1ull << 62,
-                      WARPS = 1ull << 61, BLOCKS = 1ull << 60;
+                      IN_FLIGHT = 1ull << 61, WARPS = 1ull << 61, BLOCKS = 1ull << 60;
 
 static uint64_t pack() {
     return VALID | (uint64_t)(block_number & 0xFFFFFF) << 36 | (uint64_t)current->id << 26
@@ -314,6 +326,11 @@ static void check_races(Region& r, uintptr_t a, unsigned size, bool write, bool 
         bool both_atomic = atomic && (written & ATOMIC);
         const char* what = write ? "also written" : "written";
 
+        if (written_here && (written & IN_FLIGHT))
+            gpusim_fault(pc, "%s of %s (byte %zu) while a cp.async of thread #%u to it is in "
+                             "flight: cp.async.wait_group missing or too early",
+                         write ? "write" : "read", r.name, (size_t)(a - r.low),
+                         thread_of(written));
         if (written_here && thread_of(written) != thread_of(me) && !both_atomic
             && unordered(written, me))
             race(r, a, pc, what, written, false);
@@ -332,6 +349,7 @@ static void check_races(Region& r, uintptr_t a, unsigned size, bool write, bool 
                     race(r, a, pc, "read", read, false);
             }
             written = me | (atomic ? ATOMIC : 0);
+            r.cells[i].proxy_fences = current->proxy_fences;
         } else {
             // One word stands for all readers so far: the last one, and whether there were others.
             uint64_t others = 0;
@@ -368,6 +386,17 @@ static __attribute__((noreturn)) void out_of_bounds(uintptr_t a, unsigned size, 
     gpusim_fault(pc, "out-of-bounds %s of %u bytes at %p", what, size, (void*)a);
 }
 
+static inline Region* region_of(uintptr_t a, unsigned size) {
+    Region* r = last_region;
+    if (r && a >= r->low && a + size <= r->high) return r;
+    auto found = std::find_if(regions.begin(), regions.end(), [&](const Region& q) {
+        return a >= q.low && a + size <= q.high; });
+    if (found == regions.end()) return nullptr;
+    // The module's region holds the static shared one: remembered, it would hide its races.
+    if (found->kind != MODULE) last_region = &*found;
+    return &*found;
+}
+
 static inline __attribute__((always_inline)) void check_access(uintptr_t a, unsigned size,
                                                                bool write, bool atomic,
                                                                bool natural, void* pc) {
@@ -375,15 +404,8 @@ static inline __attribute__((always_inline)) void check_access(uintptr_t a, unsi
     if (!launch->checked) return;
     if (++n_accesses > launch->max_accesses)
         gpusim_fault(pc, "%llu memory accesses: an endless loop?", (unsigned long long)n_accesses);
-    Region* r = last_region;
-    if (!r || a < r->low || a + size > r->high) {
-        auto found = std::find_if(regions.begin(), regions.end(), [&](const Region& q) {
-            return a >= q.low && a + size <= q.high; });
-        if (found == regions.end()) out_of_bounds(a, size, write, pc);
-        r = &*found;
-        // The module's region holds the static shared one: remembered, it would hide its races.
-        if (r->kind != MODULE) last_region = r;
-    }
+    Region* r = region_of(a, size);
+    if (!r) out_of_bounds(a, size, write, pc);
     if (natural && a % size)
         gpusim_fault(pc, "misaligned %s of %u bytes of %s", write ? "write" : "read", size,
                      r->name);
@@ -431,6 +453,8 @@ UNDEFINED(type_mismatch_v1, "misaligned or null pointer")
 UNDEFINED(float_cast_overflow, "float to integer conversion out of range")
 UNDEFINED(load_invalid_value, "invalid bool value")
 extern "C" void __ubsan_handle_builtin_unreachable() { gpusim_fault(PC, "unreachable code"); }
+
+#include "runtime_ptx.h"
 
 // -------------------------------------------------------------------------------------- launch
 
@@ -502,6 +526,8 @@ extern "C" int gpusim_launch(Launch* l, char* shared_low, char* shared_high, uin
         dynamic_capacity = (l->dynamic_shared / DYNAMIC_ALIGNMENT + 1) * DYNAMIC_ALIGNMENT;
         dynamic_shared = (char*)aligned_alloc(DYNAMIC_ALIGNMENT, dynamic_capacity);
     }
+    static_shared_low = shared_low;
+    static_shared_high = shared_high;
     regions.assign(l->regions, l->regions + l->n_regions);
     last_region = nullptr;
     if (shared_high > shared_low)
