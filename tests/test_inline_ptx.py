@@ -493,7 +493,7 @@ MALFORMED = {
     "a size that is no immediate": (
         'asm volatile("cp.async.wait_group %0;" :: "r"(x));', "no matching function"),
     "a 32-bit address of global memory": (
-        'asm volatile("st.global.b32 [%0], %0;" :: "r"(x));', "could not convert"),
+        'asm volatile("st.global.b32 [%0], %0;" :: "r"(x));', "PtxGlobal"),
 }
 
 
