@@ -73,6 +73,12 @@ void gpusim_ldmatrix(uint32_t* const* to, unsigned matrices, bool transposed, ui
                      void* pc);
 void gpusim_mma(float* const* d, const uint32_t* a, const uint32_t* b, const float* c,
                 unsigned type, unsigned k, void* pc);
+void gpusim_fence_proxy_async();
+void gpusim_wgmma(float* const* d, uint64_t a, uint64_t b, unsigned n, unsigned type,
+                  bool accumulate, float scale, bool transposed_a, bool transposed_b, void* pc);
+void gpusim_wgmma_fence(void* pc);
+void gpusim_wgmma_commit(void* pc);
+void gpusim_wgmma_wait(unsigned groups_left, void* pc);
 uint16_t gpusim_half(float x);
 uint16_t gpusim_bfloat16(float x);
 float gpusim_from_half(uint16_t h);
@@ -194,6 +200,35 @@ PTX_MMA(m16n8k16, 16, f32_bf16_bf16_f32, GPUSIM_BF16, 4, 2)
 PTX_MMA(m16n8k8, 8, f32_f16_f16_f32, GPUSIM_F16, 2, 1)
 PTX_MMA(m16n8k8, 8, f32_bf16_bf16_f32, GPUSIM_BF16, 2, 1)
 PTX_MMA(m16n8k8, 8, f32_tf32_tf32_f32, GPUSIM_TF32, 4, 2)
+
+// ------------------------------- asynchronous products ("wgmma.mma_async"), both operands in shared
+
+#define PTX_WGMMA_OF(n, name, type) \
+    template <long long ScaleA, long long ScaleB, long long TransA, long long TransB> NOT_CHECKED \
+    void ptx_wgmma_mma_async_sync_aligned_m64n##n##k16_f32_##name( \
+        PtxVector<float, n / 2> d, PtxSource<uint64_t> a, PtxSource<uint64_t> b, \
+        PtxSource<bool> scale_d, PtxImmediate<ScaleA>, PtxImmediate<ScaleB>, \
+        PtxImmediate<TransA>, PtxImmediate<TransB>) { \
+        static_assert((ScaleA == 1 || ScaleA == -1) && (ScaleB == 1 || ScaleB == -1), "imm-scale"); \
+        static_assert(TransA >> 1 == 0 && TransB >> 1 == 0, "imm-trans"); \
+        gpusim_wgmma(d.at, a.value, b.value, n, type, scale_d.value, ScaleA * ScaleB, TransA, \
+                     TransB, PC); \
+    }
+#define PTX_WGMMA(n) \
+    PTX_WGMMA_OF(n, f16_f16, GPUSIM_F16) PTX_WGMMA_OF(n, bf16_bf16, GPUSIM_BF16)
+PTX_WGMMA(8) PTX_WGMMA(16) PTX_WGMMA(24) PTX_WGMMA(32) PTX_WGMMA(40) PTX_WGMMA(48) PTX_WGMMA(56)
+PTX_WGMMA(64) PTX_WGMMA(72) PTX_WGMMA(80) PTX_WGMMA(88) PTX_WGMMA(96) PTX_WGMMA(104)
+PTX_WGMMA(112) PTX_WGMMA(120) PTX_WGMMA(128) PTX_WGMMA(136) PTX_WGMMA(144) PTX_WGMMA(152)
+PTX_WGMMA(160) PTX_WGMMA(168) PTX_WGMMA(176) PTX_WGMMA(184) PTX_WGMMA(192) PTX_WGMMA(200)
+PTX_WGMMA(208) PTX_WGMMA(216) PTX_WGMMA(224) PTX_WGMMA(232) PTX_WGMMA(240) PTX_WGMMA(248)
+PTX_WGMMA(256)
+
+NOT_CHECKED static inline void ptx_wgmma_fence_sync_aligned() { gpusim_wgmma_fence(PC); }
+NOT_CHECKED static inline void ptx_wgmma_commit_group_sync_aligned() { gpusim_wgmma_commit(PC); }
+template <long long N> NOT_CHECKED
+void ptx_wgmma_wait_group_sync_aligned(PtxImmediate<N>) { gpusim_wgmma_wait(N, PC); }
+static inline void ptx_fence_proxy_async() { gpusim_fence_proxy_async(); }
+static inline void ptx_fence_proxy_async_shared() { gpusim_fence_proxy_async(); }
 
 // ------------------------------------------------------ conversions and arithmetic ("cvt", ...)
 

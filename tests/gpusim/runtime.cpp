@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <unordered_map>
 #include <vector>
 
 struct Index3 { unsigned x, y, z; };
@@ -66,6 +67,18 @@ typedef void (*Collective)(void** lanes, unsigned mask);
 struct AsyncCopy { char* to; const char* from; unsigned size, source_size; void* pc; };
 typedef std::vector<AsyncCopy> CopyGroup;
 
+// One wgmma.mma_async in flight, for one of its threads. d: where the thread's accumulators lie.
+struct Wgmma {
+    std::vector<float*> d;
+    uint64_t a, b;  // descriptors
+    unsigned n, type;
+    bool transposed_a, transposed_b, accumulate;
+    float scale;
+    void* pc;
+};
+typedef std::vector<Wgmma> WgmmaGroup;
+struct Accumulator { float value; unsigned pending; };  // pending: how many wgmmas still add to it
+
 struct Thread {
     Fiber* fiber;
     Index3 index;
@@ -83,6 +96,10 @@ struct Thread {
     std::vector<CopyGroup> copy_groups;  // oldest first
     uint64_t proxy_fences;               // how many fence.proxy.async it has executed,
     uint32_t last_proxy_fence;           // and the barrier epoch of the last one
+    WgmmaGroup uncommitted_wgmmas;
+    std::vector<WgmmaGroup> wgmma_groups;
+    std::unordered_map<float*, Accumulator> accumulators;
+    bool wgmma_fenced;  // has it executed wgmma.fence since its last wgmma.wait_group?
 };
 
 static const size_t STACK = 256 << 10;

@@ -149,7 +149,7 @@ extern "C" float gpusim_from_half(uint16_t h) {
     return h & 0x8000 ? -magnitude : magnitude;
 }
 
-enum Type : unsigned { F16, BF16, TF32 };  // as in ptx.h
+enum Type : unsigned { F16, BF16, TF32 };  // GpusimType of ptx.h
 
 static float from_16_bits(uint16_t h, Type type) {
     if (type == F16) return gpusim_from_half(h);
@@ -178,7 +178,7 @@ struct Ldmatrix { uint32_t* const* to; unsigned matrices; bool transposed; const
 static void ldmatrix_lanes(void** lanes, unsigned) {
     Ldmatrix** all = (Ldmatrix**)lanes;
     for (unsigned lane = 0; lane < 32; lane++) {
-        if (!all[lane]) gpusim_trap("ldmatrix needs all 32 lanes");
+        if (!all[lane]) gpusim_fault(current->pc, "ldmatrix needs all 32 lanes");
         for (unsigned m = 0; m < all[lane]->matrices; m++) {
             uint16_t pair[2];
             for (unsigned i = 0; i < 2; i++) {
@@ -220,7 +220,7 @@ static void mma_lanes(void** lanes, unsigned) {
     Mma** all = (Mma**)lanes;
     float a[16][16], b[8][16];  // b transposed
     for (unsigned lane = 0; lane < 32; lane++) {
-        if (!all[lane]) gpusim_trap("mma needs all 32 lanes");
+        if (!all[lane]) gpusim_fault(current->pc, "mma needs all 32 lanes");
         const Mma& m = *all[lane];
         unsigned g = lane / 4, t = lane % 4, pack = m.type == TF32 ? 1 : 2;
         for (unsigned r = 0; r < m.k / (2 * pack); r++)
@@ -244,4 +244,162 @@ extern "C" void gpusim_mma(float* const* d, const uint32_t* a, const uint32_t* b
                            Type type, unsigned k, void* pc) {
     Mma m{d, a, b, c, type, k};
     gpusim_collective(~0u, &m, mma_lanes, pc);
+}
+
+// ------------------------ "Asynchronous warpgroup level matrix instructions": wgmma.mma_async
+
+extern "C" void gpusim_fence_proxy_async() {
+    current->proxy_fences++;
+    current->last_proxy_fence = barrier_epoch;
+}
+
+// The tensor core reads shared memory past the generic proxy. What threads or cp.async wrote there
+// is seen only after a fence.proxy.async of the writer, or of the reader after a barrier.
+static void check_proxy(const char* p, unsigned size, void* pc) {
+    for_each_cell(p, size, [pc](Cell& cell) {
+        const Thread& writer = threads[thread_of(cell.last_write)];
+        if (writer.proxy_fences == cell.proxy_fences
+            && current->last_proxy_fence <= barriers_before(cell.last_write))
+            gpusim_fault(pc, "wgmma reads what thread #%u wrote with no fence.proxy.async since",
+                         writer.id);
+    });
+}
+
+// "Matrix Descriptor Format": 16-byte units, in bits 0-13 the start address, 16-29 the leading, 32-45
+// the stride dimension byte offset; bits 49-51 base offset; 62-63 swizzling mode, 1 for 128 bytes.
+// "Canonical Layouts" of that mode: the 16 bytes that hold element (mn, k) and its neighbours.
+static const char* operand_chunk(uint64_t descriptor, bool transposed, unsigned mn, unsigned k,
+                                 void* pc) {
+    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7))
+        gpusim_fault(pc, "wgmma: only descriptors with 128-byte swizzling and base offset 0 are "
+                         "modelled; got %#llx", (unsigned long long)descriptor);
+    uint64_t leading = (descriptor >> 16 & 0x3FFF) << 4, stride = (descriptor >> 32 & 0x3FFF) << 4;
+    uint64_t at = (descriptor & 0x3FFF) << 4;
+    if (transposed)  // MN-major: 64 neighbours along mn in a row, 8 rows along k in an atom
+        at += mn / 64 * leading + mn % 64 * 2 + k / 8 * stride + k % 8 * 128;
+    else             // K-major: 64 neighbours along k in a row, 8 rows along mn in an atom
+        at += mn / 8 * stride + mn % 8 * 128 + k * 2;
+    at ^= (at >> 7 & 7) << 4;
+    const char* p = (const char*)gpusim_shared_access(at & ~15ull, 16, false, pc);
+    check_proxy(p, 16, pc);
+    return p;
+}
+
+// Rows first..first + count - 1 of an operand, 16 k each.
+static std::vector<float> read_operand(uint64_t descriptor, bool transposed, unsigned first,
+                                       unsigned count, Type type, void* pc) {
+    std::vector<float> rows(count * 16);
+    for (unsigned i = 0; i < count * 2; i++) {
+        unsigned mn = transposed ? i / 16 * 8 : i / 2, k = transposed ? i % 16 : i % 2 * 8;
+        uint16_t chunk[8];
+        memcpy(chunk, operand_chunk(descriptor, transposed, first + mn, k, pc), 16);
+        for (unsigned j = 0; j < 8; j++)
+            rows[transposed ? (mn + j) * 16 + k : mn * 16 + k + j] = from_16_bits(chunk[j], type);
+    }
+    return rows;
+}
+
+static const uint32_t POISON = 0xFFFFFFFF;
+
+static void require_poison(const float* accumulator, void* pc) {
+    if (memcmp(accumulator, &POISON, 4))
+        gpusim_fault(pc, "an accumulator of this wgmma was written while it was in flight: "
+                         "wgmma.wait_group missing or too early");
+}
+
+static unsigned warp_in_group() { return current->id / 32 % 4; }
+
+// Each thread passes its own; the last to arrive compares them, and reads the operands, so that
+// they count as read from the issue on.
+static void issue_wgmma_lanes(void** lanes, unsigned) {
+    const Wgmma* first = (const Wgmma*)lanes[0];
+    for (unsigned lane = 0; lane < 32; lane++) {
+        const Wgmma* other = (const Wgmma*)lanes[lane];
+        if (!first || !other) gpusim_fault(current->pc, "wgmma needs all 32 lanes of each warp");
+        if (other->a != first->a || other->b != first->b || other->accumulate != first->accumulate)
+            gpusim_fault(other->pc, "wgmma: the lanes of a warp disagree on descriptors or scale-d");
+    }
+    read_operand(first->a, first->transposed_a, 16 * warp_in_group(), 16, (Type)first->type,
+                 first->pc);
+    read_operand(first->b, first->transposed_b, 0, first->n, (Type)first->type, first->pc);
+}
+
+extern "C" void gpusim_wgmma(float* const* d, uint64_t a, uint64_t b, unsigned n, unsigned type,
+                             bool accumulate, float scale, bool transposed_a, bool transposed_b,
+                             void* pc) {
+    if (n_threads % 128) gpusim_fault(pc, "wgmma needs whole groups of four warps");
+    Wgmma w{std::vector<float*>(d, d + n / 2), a, b, n, type, transposed_a, transposed_b,
+            accumulate, scale, pc};
+    for (float* p : w.d) {
+        auto [place, is_new] = current->accumulators.try_emplace(p);
+        Accumulator& accumulator = place->second;
+        if (accumulator.pending) {
+            require_poison(p, pc);
+        } else {
+            // Those that hold what the last wgmma left there need no further fence.
+            if (!current->wgmma_fenced && (is_new || memcmp(p, &accumulator.value, 4)))
+                gpusim_fault(pc, "wgmma: its accumulators were written with no wgmma.fence since");
+            accumulator.value = *p;
+            memcpy(p, &POISON, 4);
+        }
+        accumulator.pending++;
+    }
+    gpusim_collective(~0u, &w, issue_wgmma_lanes, pc);
+    current->uncommitted_wgmmas.push_back(std::move(w));
+}
+
+static void nothing_lanes(void**, unsigned) {}
+
+extern "C" void gpusim_wgmma_fence(void* pc) {
+    gpusim_collective(~0u, nullptr, nothing_lanes, pc);
+    current->wgmma_fenced = true;
+}
+
+extern "C" void gpusim_wgmma_commit(void* pc) {
+    gpusim_collective(~0u, nullptr, nothing_lanes, pc);
+    current->wgmma_groups.push_back(std::move(current->uncommitted_wgmmas));
+    current->uncommitted_wgmmas.clear();
+}
+
+// "Matrix Fragments for wgmma.mma_async.m64nNk16": value i of accumulator D of lane l in warp w is in
+// row 16 * w + l / 4 + 8 * (i / 2 % 2), column 8 * (i / 4) + 2 * (l % 4) + i % 2.
+static void execute_wgmma(Thread** warp, unsigned number) {
+    const Wgmma& w = warp[0]->wgmma_groups.front()[number];
+    Type type = (Type)w.type;
+    std::vector<float> a = read_operand(w.a, w.transposed_a, 16 * warp_in_group(), 16, type, w.pc);
+    std::vector<float> b = read_operand(w.b, w.transposed_b, 0, w.n, type, w.pc);
+    for (float& value : a) value *= w.scale;
+    for (unsigned lane = 0; lane < 32; lane++) {
+        const Wgmma& mine = warp[lane]->wgmma_groups.front()[number];
+        for (unsigned i = 0; i < w.n / 2; i++) {
+            Accumulator& accumulator = warp[lane]->accumulators[mine.d[i]];
+            unsigned row = lane / 4 + 8 * (i / 2 % 2), column = 8 * (i / 4) + lane % 4 * 2 + i % 2;
+            accumulator.value = multiply_add(w.accumulate ? accumulator.value : 0.0f, &a[row * 16],
+                                             &b[column * 16], 16);
+            if (--accumulator.pending) continue;
+            require_poison(mine.d[i], w.pc);
+            *mine.d[i] = accumulator.value;
+        }
+    }
+}
+
+struct WgmmaWait { Thread* thread; unsigned groups_left; };
+
+// As late as legal: operands are read here, and accumulators hold NaN until now.
+static void wait_wgmma_lanes(void** lanes, unsigned) {
+    Thread* warp[32];
+    for (unsigned lane = 0; lane < 32; lane++) {
+        if (!lanes[lane]) gpusim_fault(current->pc, "wgmma needs all 32 lanes of each warp");
+        warp[lane] = ((WgmmaWait*)lanes[lane])->thread;
+    }
+    while (warp[0]->wgmma_groups.size() > ((WgmmaWait*)lanes[0])->groups_left) {
+        for (unsigned i = 0; i < warp[0]->wgmma_groups.front().size(); i++) execute_wgmma(warp, i);
+        for (Thread* t : warp) t->wgmma_groups.erase(t->wgmma_groups.begin());
+    }
+}
+
+extern "C" void gpusim_wgmma_wait(unsigned groups_left, void* pc) {
+    WgmmaWait wait{current, groups_left};
+    gpusim_collective(~0u, &wait, wait_wgmma_lanes, pc);
+    current->wgmma_fenced = false;
 }
