@@ -201,9 +201,7 @@ static inline float __int_as_float(int i) { return gpusim_bits<float>(i); }
 static inline unsigned __float_as_uint(float f) { return gpusim_bits<unsigned>(f); }
 static inline float __uint_as_float(unsigned u) { return gpusim_bits<float>(u); }
 
-#ifdef GPUSIM_PTX  // the source contains asm statements
 #include "ptx.h"
-#endif
 
 // ------------------------------------------------------------------------------ launch entries
 

@@ -30,6 +30,7 @@ _CHECKED = ["-O1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit
             "float-cast-overflow,unreachable", "-fno-sanitize-recover=all"]
 _UNCHECKED = ["-O2"]
 # Fortified longjmp refuses to jump between the stacks of fibers.
+_HEADERS = ("device.h", "ptx.h")
 _RUNTIME_FILES = ("runtime.cpp", "runtime_ptx.h")
 _RUNTIME = ["-std=c++17", "-O2", "-g", "-U_FORTIFY_SOURCE", "-fPIC", "-shared"]
 
@@ -99,11 +100,9 @@ class Module:
     def __init__(self, source: str, *, checked: bool = True):
         self.source, self.checked = source, checked
         found = _KERNEL.findall(_strip_comments(source))
-        self._has_ptx = bool(_ASM.search(_strip_comments(source)))
         body = _EXTERN_SHARED.sub(r"\1* \2 = (\1*)gpusim_dynamic_shared();", source)
         text = "\n".join([
-            "#define GPUSIM_PTX" if self._has_ptx else "", '#include "device.h"',
-            '#line 1 "kernel.cu"', body, '#line 1 "entries"',
+            '#include "device.h"', '#line 1 "kernel.cu"', body, '#line 1 "entries"',
             *(f"GPUSIM_ENTRY({name}, {before or after or 1024})"
               for _, before, after, name, _ in found),
             'extern "C" __attribute__((weak, visibility("hidden")))'
@@ -112,10 +111,9 @@ class Module:
             'extern "C" char* gpusim_shared_high() { return __stop_gpusim_shared; }', ""])
         flags = _BASE + (_CHECKED if checked else _UNCHECKED)
         runtime = _build_runtime()
-        key = _hash(text, *flags, runtime.name, *(
-            (HERE / name).read_text() for name in ("device.h", "ptx.h", "inline_ptx.py")))
+        key = _hash(text, *flags, runtime.name, *_read_all(*_HEADERS, "inline_ptx.py"))
         self.path = _build(CACHE / f"kernel-{key}.so",
-                           lambda out: _compile(text, flags, runtime, out, self._has_ptx))
+                           lambda out: _compile(text, flags, runtime, out))
         self._runtime = C.CDLL(str(runtime), mode=C.RTLD_GLOBAL)
         self._library = C.CDLL(str(self.path))
         for bound in ("gpusim_shared_low", "gpusim_shared_high"):
@@ -152,7 +150,8 @@ class Module:
                         C.c_uint32]
         # Shared memory is watched word by word, unless the source keeps something smaller there:
         # PTX may store 16 bits whatever the array's type.
-        shared_shift = 0 if _SMALL_SHARED.search(self.source) else 1 if self._has_ptx else 2
+        shared_shift = (0 if _SMALL_SHARED.search(self.source) else
+                        1 if _ASM.search(self.source) else 2)
         if run(C.byref(launch), self._library.gpusim_shared_low(),
                self._library.gpusim_shared_high(), self._low, self._high, shared_shift):
             fault = launch.fault.decode(errors="replace")
@@ -166,28 +165,38 @@ class Module:
         return next((line for line in lines if not line.startswith(("device.h", "ptx.h"))), "?")
 
 
-def _compile(text: str, flags: list[str], runtime: Path, out: Path, has_ptx: bool) -> None:
+def _compile(text: str, flags: list[str], runtime: Path, out: Path) -> None:
+    headers = _precompile_headers(*flags)
     with tempfile.TemporaryDirectory() as folder:
-        source, compiled = Path(folder) / "kernel.cpp", Path(folder) / "kernel.o"
+        source, preprocessed, compiled = (Path(folder) / f"kernel.{kind}"
+                                          for kind in ("cpp", "ii", "o"))
         source.write_text(text)
-        if has_ptx:  # after the preprocessor, so that macros may hold asm statements
-            preprocessed = source.with_suffix(".ii")
-            _run(CXX, *flags, f"-I{HERE}", "-E", "-o", preprocessed, source)
-            headers, start, kernels = preprocessed.read_text().partition(_KERNEL_START)
-            try:
-                preprocessed.write_text(headers + inline_ptx.translate(start + kernels))
-            except inline_ptx.PtxError as e:
-                raise CompileError(str(e)) from None
-            source = preprocessed
-        _run(CXX, *flags, f"-I{HERE}", "-c", "-o", compiled, source)
+        # In two steps, so that macros may hold asm statements.
+        _run(CXX, *flags, f"-I{headers.parent}", f"-I{HERE}", "-E", "-fpch-preprocess",
+             "-o", preprocessed, source)
+        before, start, kernels = preprocessed.read_text().partition(_KERNEL_START)
+        assert start, "the preprocessor has lost the marker"
+        try:
+            preprocessed.write_text(before + inline_ptx.translate(start + kernels))
+        except inline_ptx.PtxError as e:
+            raise CompileError(str(e)) from None
+        _run(CXX, *flags, "-c", "-o", compiled, preprocessed)
         # Linked in a step of its own: with -fsanitize=thread the linker would bring in libtsan.
         _run(CXX, "-shared", "-Wl,-Bsymbolic", "-o", out, compiled, runtime,
              f"-Wl,-rpath,{runtime.parent}")
 
 
 @functools.cache
+def _precompile_headers(*flags: str) -> Path:
+    """device.h, parsed once for all kernels: most of the time that a small one takes."""
+    folder = CACHE / f"headers-{_hash(*_read_all(*_HEADERS), *flags)}"
+    return _build(folder / "device.h.gch", lambda out: _run(
+        CXX, *flags, "-x", "c++-header", "-o", out, HERE / "device.h"))
+
+
+@functools.cache
 def _build_runtime() -> Path:
-    key = _hash(*((HERE / name).read_text() for name in _RUNTIME_FILES), *_RUNTIME)
+    key = _hash(*_read_all(*_RUNTIME_FILES), *_RUNTIME)
     return _build(CACHE / f"runtime-{key}.so",
                   lambda out: _run(CXX, *_RUNTIME, "-o", out, HERE / _RUNTIME_FILES[0]))
 
@@ -196,6 +205,7 @@ def _build(path: Path, make: Callable[[Path], None]) -> Path:
     """path, made under a name of this process's own if it is not there: others may do the same."""
     if not path.exists():
         CACHE.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}")
         make(temporary)
         os.replace(temporary, path)
@@ -206,6 +216,10 @@ def _run(*command: object) -> None:
     result = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
     if result.returncode:
         raise CompileError(result.stderr[:4000])
+
+
+def _read_all(*names: str) -> list[str]:
+    return [(HERE / name).read_text() for name in names]
 
 
 def _read_lines(path: str) -> list[str]:
