@@ -113,7 +113,9 @@ extern "C" __global__ void convert(const float* x, u32* y, int n) {
 
 extern "C" __global__ void copy_async(const unsigned char* x, unsigned char* y, int keep) {
     extern __shared__ __align__(16) unsigned char bytes[];
-    u32 at = (u32)__cvta_generic_to_shared(bytes + 48 * threadIdx.x);
+    u32 at;
+    asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }"
+        : "=r"(at) : "l"(bytes + 48 * threadIdx.x));
     const unsigned char* from = x + 48 * threadIdx.x;
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n"
                  "cp.async.ca.shared.global [%0+16], [%1+16], %3;\n"

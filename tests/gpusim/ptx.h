@@ -164,8 +164,10 @@ PTX_LOADS_AND_STORES(b, 64) PTX_LOADS_AND_STORES(u, 64) PTX_LOADS_AND_STORES(f, 
     }
 PTX_CP_ASYNC(ca_shared_global, Size == 4 || Size == 8 || Size == 16)
 PTX_CP_ASYNC(ca_shared_global_L2_128B, Size == 4 || Size == 8 || Size == 16)
+PTX_CP_ASYNC(ca_shared_global_L2_256B, Size == 4 || Size == 8 || Size == 16)
 PTX_CP_ASYNC(cg_shared_global, Size == 16)
 PTX_CP_ASYNC(cg_shared_global_L2_128B, Size == 16)
+PTX_CP_ASYNC(cg_shared_global_L2_256B, Size == 16)
 
 static inline void ptx_cp_async_commit_group() { gpusim_cp_async_commit(); }
 template <long long N> void ptx_cp_async_wait_group(PtxImmediate<N>) { gpusim_cp_async_wait(N); }
@@ -291,6 +293,10 @@ template <class T, class U> void ptx_mov_b32(PtxVector<T, 2> halves, const U& a)
     memcpy(halves.at[0], &a, 2);
     memcpy(halves.at[1], (const char*)&a + 2, 2);
 }
+NOT_CHECKED static inline void ptx_cvta_to_shared_u64(uint64_t& d, PtxSource<uint64_t> a) {
+    d = gpusim_shared_number((const void*)a.value, PC);
+}
+static inline void ptx_cvt_u32_u64(uint32_t& d, PtxSource<uint64_t> a) { d = (uint32_t)a.value; }
 static inline void ptx_mov_u32(uint32_t& d, PtxSource<uint32_t> a) { d = a.value; }
 static inline void ptx_mov_f32(float& d, PtxSource<float> a) { d = a.value; }
 NOT_CHECKED static inline uint32_t ptx_special_laneid() { return gpusim_lane(); }
