@@ -1,17 +1,27 @@
-"""Inline PTX in the simulator: each instruction against NumPy, and bugs planted in the PTX text."""
+"""Inline PTX in the simulator: each instruction against NumPy, and bugs planted in the PTX text.
+
+Where there is a GPU, what needs no simulator runs on it too: it has the last word on each layout.
+"""
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from tests import gpusim
+from tests import conftest, gpusim
 from tests.gpusim import KernelFault, fake_cupy, inline_ptx, nvrtc
 from tests.gpusim.fake_cupy import CompileException, RawModule
 
 WORKS, _REASON = gpusim.available()
 pytestmark = pytest.mark.skipif(not WORKS, reason=_REASON)
+
+DEVICES = {"simulator": fake_cupy}
+if not conftest._NO_GPU:
+    import cupy
+
+    DEVICES["gpu"] = cupy
 
 U16, I32, U32, F32 = np.uint16, np.int32, np.uint32, np.float32
 
@@ -269,12 +279,26 @@ gemm(const u16* __restrict__ a, const u16* __restrict__ b, float* __restrict__ c
     "OPERANDS", ", ".join(f'"+f"(d[{i}])' for i in range(64)))
 
 
-def launch(source, name, grid, block, *args, shared_mem=0):
-    """Launch; NumPy arrays are copied to the "device" first, and the last array comes back."""
-    there = [fake_cupy.asarray(a) if isinstance(a, np.ndarray) else a for a in args]
-    RawModule(code=source).get_function(name)((grid,), (block,), tuple(there),
-                                              shared_mem=shared_mem)
-    return [a for a in there if isinstance(a, fake_cupy.ndarray)][-1].get()
+class Result(NamedTuple):
+    """Stands among the arguments for the array that the kernel fills."""
+
+    shape: tuple[int, ...]
+    dtype: type
+
+
+def launch(source, name, grid, block, *args, shared_mem=0, device=fake_cupy, options=()):
+    """What the kernel writes to its Result."""
+    there = [device.asarray(a) if isinstance(a, np.ndarray) else
+             device.empty(*a) if isinstance(a, Result) else a for a in args]
+    kernel = device.RawModule(code=source, options=("-std=c++17", *options)).get_function(name)
+    kernel.max_dynamic_shared_size_bytes = shared_mem
+    kernel((grid,), (block,), tuple(there), shared_mem=shared_mem)
+    return next(there[i] for i, a in enumerate(args) if isinstance(a, Result)).get()
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return DEVICES[request.param]
 
 
 def random(*shape, seed=0):
@@ -326,10 +350,10 @@ def from_fragments(d):
     return d.transpose(0, 3, 1, 2, 4).reshape(-1, 16, 8)
 
 
-def multiply(name, a, b, c, source=INSTRUCTIONS):
+def multiply(name, a, b, c, device=fake_cupy):
     kind = name.split("_")[1]
-    d = launch(source, name, len(a), 32, *fragments(a, b, c, kind),
-               fake_cupy.empty((len(a), 32, 4), F32))
+    d = launch(INSTRUCTIONS, name, len(a), 32, *fragments(a, b, c, kind),
+               Result((len(a), 32, 4), F32), device=device)
     return from_fragments(d)
 
 
@@ -337,20 +361,20 @@ MMAS = {"mma_f16": 16, "mma_bf16": 16, "mma_tf32": 8, "mma_f16_k8": 8}
 
 
 @pytest.mark.parametrize(("name", "k"), MMAS.items())
-def test_mma(name, k):
+def test_mma(device, name, k):
     a, b, c = random(5, 16, k), random(5, k, 8, seed=1), random(5, 16, 8, seed=2)
-    np.testing.assert_array_equal(multiply(name, a, b, c), a @ b + c)
+    np.testing.assert_array_equal(multiply(name, a, b, c, device), a @ b + c)
 
 
 @pytest.mark.parametrize(("name", "k"), MMAS.items())
-def test_each_element_of_a_and_b_has_its_place(name, k):
+def test_each_element_of_a_and_b_has_its_place(device, name, k):
     """One-hot: a with a 1 at (i, k) brings row k of b to row i; the same for b."""
     one_a = np.eye(16 * k, dtype=F32).reshape(-1, 16, k)
     one_b = np.eye(8 * k, dtype=F32).reshape(-1, k, 8)
     for a, b in ((one_a, np.broadcast_to(random(k, 8), (16 * k, k, 8))),
                  (np.broadcast_to(random(16, k), (8 * k, 16, k)), one_b)):
         np.testing.assert_array_equal(
-            multiply(name, a, b, np.zeros((len(a), 16, 8), F32)), a @ b)
+            multiply(name, a, b, np.zeros((len(a), 16, 8), F32), device), a @ b)
 
 
 def test_tf32_operands_lose_their_low_bits():
@@ -361,18 +385,18 @@ def test_tf32_operands_lose_their_low_bits():
 
 @pytest.mark.parametrize("n", [1, 2, 4])
 @pytest.mark.parametrize("trans", ["", "_trans"])
-def test_ldmatrix(n, trans):
+def test_ldmatrix(device, n, trans):
     matrices = np.arange(n * 64, dtype=U16).reshape(n, 8, 8)
     y = launch(INSTRUCTIONS, f"ldmatrix_x{n}{trans}", 1, 32, matrices.view(U32).ravel(),
-               fake_cupy.empty(n * 32, U32))
+               Result((n * 32,), U32), device=device)
     expected = matrices.swapaxes(1, 2) if trans else matrices
     np.testing.assert_array_equal(y.view(U16).reshape(n, 8, 8), expected)
 
 
-def test_loads_and_stores():
+def test_loads_and_stores(device):
     x = random(128)
     np.testing.assert_array_equal(
-        launch(INSTRUCTIONS, "copy", 1, 32, x, fake_cupy.empty(128, F32)), x)
+        launch(INSTRUCTIONS, "copy", 1, 32, x, Result((128,), F32), device=device), x)
 
 
 def bfloat16(x):
@@ -384,7 +408,7 @@ def bfloat16(x):
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
-def test_conversions():
+def test_conversions(device):
     rng = np.random.default_rng(0)
     x = np.concatenate([
         np.array([0, -0.0, 1, -2, np.inf, -np.inf, np.nan, 65504, 65519, 65520, -1e30, 1 + 2**-11,
@@ -393,7 +417,7 @@ def test_conversions():
         rng.standard_normal(500).astype(F32) * 10.0**rng.integers(-8, 6, 500).astype(F32)])
     n = len(x)
     half, bfloat, halves, bfloats, tf32, back, larger, lane, same = launch(
-        INSTRUCTIONS, "convert", 1, n, x, fake_cupy.empty((9, n), U32), I32(n))
+        INSTRUCTIONS, "convert", 1, n, x, Result((9, n), U32), I32(n), device=device)
     as_half = np.where(np.isnan(x), U16(0x7FFF), x.astype(np.float16).view(U16)).astype(U32)
     np.testing.assert_array_equal(half, as_half)
     np.testing.assert_array_equal(bfloat, bfloat16(x))
@@ -411,10 +435,10 @@ def test_conversions():
 
 
 @pytest.mark.parametrize("keep", [0, 3, 8])
-def test_cp_async(keep):
+def test_cp_async(device, keep):
     x = np.arange(32 * 48).astype(np.uint8)
-    y = launch(INSTRUCTIONS, "copy_async", 1, 32, x, fake_cupy.empty(32 * 48, np.uint8), I32(keep),
-               shared_mem=32 * 48).reshape(32, 48)
+    y = launch(INSTRUCTIONS, "copy_async", 1, 32, x, Result((32, 48), np.uint8), I32(keep),
+               shared_mem=32 * 48, device=device)
     expected = x.reshape(32, 48).copy()
     expected[:, keep:16] = 0
     expected[:, 32 + keep:40] = 0
@@ -425,21 +449,21 @@ def test_cp_async(keep):
 # ------------------------------------------------------------------------------ a whole kernel
 
 
-def run_gemm(source=GEMM, k=72, order="ascending"):
+@pytest.fixture(params=["ascending", "descending", "shuffled"])
+def order(request, monkeypatch):
+    monkeypatch.setitem(fake_cupy.options, "order", request.param)
+
+
+def run_gemm(source=GEMM, k=72, device=fake_cupy):
     a, b = random(32, k), random(k, 16, seed=1)
-    fake_cupy.options["order"] = order
-    try:
-        c = launch(source, "gemm", 1, 64, a.astype(np.float16).view(U16),
-                   b.astype(np.float16).view(U16), fake_cupy.empty((32, 16), F32), I32(k))
-    finally:
-        fake_cupy.options["order"] = "ascending"
+    c = launch(source, "gemm", 1, 64, words(a, "f16").view(U16), words(b, "f16").view(U16),
+               Result((32, 16), F32), I32(k), device=device)
     np.testing.assert_array_equal(c, a @ b)
 
 
-@pytest.mark.parametrize("order", ["ascending", "descending", "shuffled"])
 @pytest.mark.parametrize("k", [8, 32, 72])
-def test_gemm(order, k):
-    run_gemm(k=k, order=order)
+def test_gemm(device, order, k):
+    run_gemm(k=k, device=device)
 
 
 WRONG = "Mismatched elements|nan location mismatch"
@@ -533,7 +557,7 @@ def test_tf32_without_rounding_is_less_exact():
     exact = a.astype(float) @ b
 
     def bias(source):
-        d = launch(source, "mma_tf32", 1, 32, a, b, fake_cupy.empty((16, 8), F32))
+        d = launch(source, "mma_tf32", 1, 32, a, b, Result((16, 8), F32))
         return np.mean(d / exact - 1)
 
     assert abs(bias(TF32)) < 1e-4
@@ -541,22 +565,22 @@ def test_tf32_without_rounding_is_less_exact():
     assert bias(unrounded) < -4e-4  # truncation pulls towards zero
 
 
-def run_wgmma(source=WGMMA, k=192, kind="f16"):
+def run_wgmma(source=WGMMA, k=192, kind="f16", device=fake_cupy):
     a, b = random(64, k), random(k, 128, seed=1)
     stored = (a.T, b) if "#define TRANS 1" in source else (a, b.T)
-    there = [words(np.ascontiguousarray(x), kind).view(U16) for x in stored]
-    kernel = RawModule(code=source).get_function("gemm")
-    kernel.max_dynamic_shared_size_bytes = 6 * 8192
-    c = fake_cupy.empty((64, 128), F32)
-    kernel((1,), (128,), (*map(fake_cupy.asarray, there), c, I32(k)), shared_mem=6 * 8192)
-    np.testing.assert_array_equal(c.get(), a @ b)
+    c = launch(source, "gemm", 1, 128, *(words(np.ascontiguousarray(x), kind).view(U16)
+                                         for x in stored), Result((64, 128), F32), I32(k),
+               shared_mem=6 * 8192, device=device, options=("-arch=sm_90a",))
+    np.testing.assert_array_equal(c, a @ b)
 
 
-@pytest.mark.parametrize("trans", ["#define TRANS 0", "#define TRANS 1"])
+@pytest.mark.parametrize("trans", [0, 1])
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
-def test_wgmma(trans, kind):
-    run_wgmma(WGMMA.replace("#define TRANS 0", trans).replace("f16.f16", f"{kind}.{kind}"),
-              kind=kind)
+def test_wgmma(device, order, trans, kind):
+    if device.cuda.Device().compute_capability != "90":
+        pytest.skip("wgmma is Hopper's alone")
+    source = WGMMA.replace("TRANS 0", f"TRANS {trans}").replace("f16.f16", f"{kind}.{kind}")
+    run_wgmma(source, kind=kind, device=device)
 
 
 def test_without_checks_the_results_are_the_same(monkeypatch):
