@@ -27,3 +27,11 @@ static __device__ accum_t activation_backward(accum_t da, accum_t a, int activat
         default: return da;
     }
 }
+
+// What is done to a sum of products before it is stored. The launcher defines ACTIVATION.
+static __device__ scalar_t finish(accum_t z, const accum_t* bias, int channel,
+                                  const scalar_t* residual, index_t place) {
+    if (bias) z += bias[channel];
+    if (residual) z += (accum_t)residual[place];
+    return (scalar_t)activate(z, ACTIVATION);
+}

@@ -48,12 +48,10 @@ extern "C" __global__ void conv_direct(
                 }
             }
         }
-        for (int v = 0; v < VEC; ++v) {
-            if (bias_or_null) sum.at[v] += bias_or_null[p.c * VEC + v];
-            if (residual_or_null) sum.at[v] += (accum_t)residual_or_null[i * VEC + v];
-            sum.at[v] = activate(sum.at[v], ACTIVATION);
-        }
-        store(y, i, sum);
+        Scalars out;
+        for (int v = 0; v < VEC; ++v)
+            out.at[v] = finish(sum.at[v], bias_or_null, p.c * VEC + v, residual_or_null, i * VEC + v);
+        store(y, i, out);
     }
 }
 

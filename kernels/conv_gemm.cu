@@ -1,99 +1,14 @@
-// Convolution as a matrix product whose left matrix is never stored: an implicit GEMM.
+// The products of implicit_gemm.cuh in ordinary arithmetic: exact to the rounding of accum_t, for
+// every dtype, any number of channels and every GPU. conv_tensor.cu does the same on tensor cores.
 //
-//     forward          y[m][o]  = sum over k of X[m][k] W[k][o]     m = (in, oy, ox)  k = (ky, kx, ic)
-//     input gradient   dx[m][i] = sum over k of D[m][k] V[k][i]     m = (in, iy, ix)  k = (ky, kx, oc)
-//
-// X is what im2col would write: X[m][k] = x[in][oy * sh - top + ky * dh][ox * sw - left + kx * dw][ic].
-// A block reads the piece that it needs straight from x into shared memory, and fills in zeros where
-// the pixel lies in the padding. D holds the outputs that pixel m reached through tap (ky, kx).
-// W and V are the filters (kh, kw, c / groups, c_out), read with rows and columns swapped for V.
-//
-// Which outputs reach a pixel: with stride s, output p covers pixel i by tap t where
-// p s - pad + t d = i. Pixels i = phase, phase + s, phase + 2 s, ... have the same taps, and pixel
-// number q of such a phase has outputs q + start, q + start + step, ...: once more a convolution,
-// of stride 1. So the gradient is s * s small convolutions, one for each phase, which together write
-// every pixel once, without a wasted product. Near the border a tap may come from an output that
-// does not exist. Zeros stand for those; but zero times a weight that is infinite or NaN is NaN, at a
-// pixel which never saw that weight. So the zeros are written as -0, and products of a tile with
-// such a weight leave them out.
+// In the input gradient, near the border, a tap may come from an output that does not exist. Zeros
+// stand for those; but zero times a weight that is infinite or NaN is NaN, at a pixel which never saw
+// that weight. So these zeros are written as -0, and the products of a tile with such a weight leave
+// them out.
 
 #include "gemm_tile.cuh"
 #include "activation.cuh"
-
-// One axis of a convolution. Its output number p reads, with tap number t, the pixel
-// p * stride + start + t * step, and weighs it with tap first + t * every of the filter.
-struct Axis {
-    int size;                  // pixels that may be read
-    int outputs;               // p goes from 0 to outputs - 1
-    int stride, start, step;
-    int taps, first, every;    // t goes from 0 to taps - 1
-    int offset, spacing;       // output p is pixel offset + p * spacing of what is written
-};
-
-static __device__ Axis forward_axis(int size, int outputs, int taps, int stride, int pad,
-                                    int dilation) {
-    return {size, outputs, stride, -pad, dilation, taps, 0, 1, 0, 1};
-}
-
-static __device__ int common_divisor(int a, int b) {
-    while (b != 0) {
-        int rest = a % b;
-        a = b;
-        b = rest;
-    }
-    return a;
-}
-
-// size: pixels of the image; outputs: of the forward pass, which are read here.
-static __device__ Axis gradient_axis(int phase, int size, int outputs, int taps, int stride,
-                                     int pad, int dilation) {
-    int common = common_divisor(stride, dilation), every = stride / common, first = 0;
-    while (first < taps && (phase + pad - first * dilation) % stride != 0) ++first;
-    Axis a;
-    a.size = outputs;
-    a.outputs = phase < size ? (size - 1 - phase) / stride + 1 : 0;
-    a.stride = 1;
-    a.start = (phase + pad - first * dilation) / stride;
-    a.step = -(dilation / common);
-    a.taps = first < taps ? (taps - 1 - first) / every + 1 : 0;
-    a.first = first;
-    a.every = every;
-    a.offset = phase;
-    a.spacing = stride;
-    return a;
-}
-
-// Position k = (ty * taps_x + tx) * channels + c in the sum.
-struct Term {
-    int ty, tx, c;
-
-    __device__ Term(int k, int taps_x, int channels) {
-        c = k % channels;
-        k /= channels;
-        tx = taps_x > 0 ? k % taps_x : 0;
-        ty = taps_x > 0 ? k / taps_x : 0;
-    }
-    __device__ void advance(int taps_x, int channels) {
-        c += TILE_K;
-        while (c >= channels) {
-            c -= channels;
-            if (++tx == taps_x) {
-                tx = 0;
-                ++ty;
-            }
-        }
-    }
-};
-
-// The tensors of one product, in the terms of the forward pass or of the gradient.
-struct Product {
-    const scalar_t *x, *w;
-    int images;
-    Axis vertical, horizontal;
-    int x_channels, terms;       // of x, and how many of them a group reads: c in k = (ky, kx, c)
-    int y_channels, results;     // of y, and how many of them a group writes
-    int filter_columns, filter_inputs, filter_outputs;  // kw, c / groups, c_out
-};
+#include "implicit_gemm.cuh"
 
 static __device__ bool is_absent(accum_t a) { return a == 0 && copysign((accum_t)1, a) < 0; }
 
@@ -112,16 +27,15 @@ static __device__ void multiply_add_present(accum_t (&sums)[SUMS_M][SUMS_N],
         }
 }
 
-// One block: a tile of one group of one phase, summed over one of the splits of k.
+// sums = this block's tile of the product.
 template <bool GRADIENT>
-static __device__ void multiply(const Product& p, index_t first_row, int first_result, int group,
-                                int split, int splits, Tiles& tiles,
+static __device__ void multiply(const Product& p, const Share& own, int splits, Tiles& tiles,
                                 accum_t (&sums)[SUMS_M][SUMS_N]) {
     const Axis &v = p.vertical, &h = p.horizontal;
-    const index_t rows = (index_t)p.images * v.outputs * h.outputs;
-    const int length = v.taps * h.taps * p.terms;
+    const index_t rows = p.rows();
+    const int length = p.length();
     const int stages = (length + TILE_K - 1) / TILE_K, share = (stages + splits - 1) / splits;
-    const int start = split * share, end = min(start + share, stages);
+    const int start = own.split * share, end = min(start + share, stages);
 
     // This thread's part of A: VEC neighbouring channels of these rows.
     constexpr int PARTS = TILE_K / VEC, A_LOADS = loads_each<VEC, TILE_M * TILE_K>;
@@ -130,7 +44,7 @@ static __device__ void multiply(const Product& p, index_t first_row, int first_r
     index_t image[A_LOADS];
 #pragma unroll
     for (int i = 0; i < A_LOADS; ++i) {
-        index_t row = first_row + a_row + i * (THREADS / PARTS);
+        index_t row = own.first_row + a_row + i * (THREADS / PARTS);
         index_t line = row / h.outputs;
         left[i] = (int)(row % h.outputs) * h.stride + h.start;
         top[i] = (int)(line % v.outputs) * v.stride + v.start;
@@ -156,7 +70,7 @@ static __device__ void multiply(const Product& p, index_t first_row, int first_r
             int y = top[i] + term.ty * v.step, x = left[i] + term.tx * h.step;
             bool seen = inside && image[i] >= 0 && y >= 0 && y < v.size && x >= 0 && x < h.size;
             index_t pixel = (image[i] + y) * h.size + x;
-            a_chunk[i] = seen ? chunk_at<VEC>(p.x, pixel * p.x_channels + group * p.terms + term.c)
+            a_chunk[i] = seen ? chunk_at<VEC>(p.x, pixel * p.x_channels + own.group * p.terms + term.c)
                               : zero_chunk<VEC>();
             absent[i] = !seen;
         }
@@ -164,20 +78,20 @@ static __device__ void multiply(const Product& p, index_t first_row, int first_r
 #pragma unroll
         for (int i = 0; i < B_LOADS; ++i) {
             if (GRADIENT) {
-                int result = first_result + b_row + i * (THREADS / COLUMNS);
+                int result = own.first_result + b_row + i * (THREADS / COLUMNS);
                 index_t filter = (index_t)tap * p.filter_inputs + result;
                 b_chunk[i] = inside && result < p.results
-                    ? chunk_at<B_VEC>(p.w, filter * p.filter_outputs + group * p.terms + term.c)
+                    ? chunk_at<B_VEC>(p.w, filter * p.filter_outputs + own.group * p.terms + term.c)
                     : zero_chunk<B_VEC>();
             } else {
                 int k = b_stage * TILE_K + b_row + i * (THREADS / COLUMNS);
-                int result = first_result + b_column;
+                int result = own.first_result + b_column;
                 b_chunk[i] = k < length && result < p.results
-                    ? chunk_at<B_VEC>(p.w, (index_t)k * p.filter_outputs + group * p.results + result)
+                    ? chunk_at<B_VEC>(p.w, (index_t)k * p.filter_outputs + own.group * p.results + result)
                     : zero_chunk<B_VEC>();
             }
         }
-        term.advance(h.taps, p.terms);
+        term.advance(TILE_K, h.taps, p.terms);
         ++b_stage;
     };
     auto put = [&](int buffer) {  // returns whether a weight is not finite
@@ -221,48 +135,30 @@ static __device__ void multiply(const Product& p, index_t first_row, int first_r
     }
 }
 
-// What is done to a sum before it is stored.
-static __device__ scalar_t finish(accum_t z, const accum_t* bias, int channel,
-                                  const scalar_t* residual, index_t place) {
-    if (bias) z += bias[channel];
-    if (residual) z += (accum_t)residual[place];
-    return (scalar_t)activate(z, ACTIVATION);
-}
-
-// Blocks: results within a group vary fastest, so that those which read the same pixels run
-// together; then splits, groups, phases, and rows.
 template <bool GRADIENT>
-static __device__ void convolve(Product p, int block, int groups, int splits, index_t first_row,
-                                int height, int width, const accum_t* bias,
-                                const scalar_t* residual, scalar_t* y, accum_t* partial,
-                                Tiles& tiles) {
-    const Axis &v = p.vertical, &h = p.horizontal;
-    const int columns = (p.results + TILE_N - 1) / TILE_N;
-    const int first_result = block % columns * TILE_N;
-    const int split = block / columns % splits, group = block / columns / splits % groups;
-    const index_t rows = (index_t)p.images * v.outputs * h.outputs;
-    if (first_row >= rows) return;
-
+static __device__ void convolve(const Product& p, const Share& own, int splits,
+                                const accum_t* bias, const scalar_t* residual, scalar_t* y,
+                                accum_t* partial, Tiles& tiles) {
+    const index_t rows = p.rows();
+    if (own.first_row >= rows) return;
     accum_t sums[SUMS_M][SUMS_N] = {};
-    multiply<GRADIENT>(p, first_row, first_result, group, split, splits, tiles, sums);
+    multiply<GRADIENT>(p, own, splits, tiles, sums);
 
-    const index_t size = (index_t)p.images * height * width * p.y_channels;
+    if (partial) partial += own.split * ((index_t)p.images * p.y_height * p.y_width * p.y_channels);
 #pragma unroll
     for (int i = 0; i < SUMS_M; ++i) {
-        index_t row = first_row + tile_row(i);
+        index_t row = own.first_row + tile_row(i);
         if (row >= rows) continue;
-        index_t line = row / h.outputs;
-        index_t pixel_line = line / v.outputs * height + line % v.outputs * v.spacing + v.offset;
-        index_t pixel = pixel_line * width + row % h.outputs * h.spacing + h.offset;
+        index_t pixel = p.pixel_of(row);
 #pragma unroll
         for (int j = 0; j < SUMS_N; j += VEC_N) {
-            int result = first_result + tile_column(j);
+            int result = own.first_result + tile_column(j);
             if (result >= p.results) continue;
-            int channel = group * p.results + result;
+            int channel = own.group * p.results + result;
             index_t place = pixel * p.y_channels + channel;
             if (partial) {
 #pragma unroll
-                for (int e = 0; e < VEC_N; ++e) partial[split * size + place + e] = sums[i][j + e];
+                for (int e = 0; e < VEC_N; ++e) partial[place + e] = sums[i][j + e];
             } else {
                 Chunk<VEC_N> chunk;
 #pragma unroll
@@ -275,7 +171,7 @@ static __device__ void convolve(Product p, int block, int groups, int splits, in
 }
 
 // x (n, h, w, c), filters (kh, kw, c / groups, c_out), bias (c_out), residual and y (n, oh, ow, c_out).
-// With a partial (splits, n, oh, ow, c_out) only sums are written, to it; finish_splits does the rest.
+// With a partial (splits, n, oh, ow, c_out) only sums are written, to it; finish_splits.cu goes on.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_forward(
     const scalar_t* __restrict__ x, const scalar_t* __restrict__ filters,
     const accum_t* __restrict__ bias_or_null, const scalar_t* __restrict__ residual_or_null,
@@ -284,16 +180,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_forward(
     int dh, int dw, int c_out, int groups, int splits)
 {
     __shared__ Tiles tiles;
-    Product p = {x, filters, n, forward_axis(h, oh, kh, sh, top, dh),
-                 forward_axis(w, ow, kw, sw, left, dw), c, c / groups, c_out, c_out / groups,
-                 kw, c / groups, c_out};
-    int blocks_a_row = (p.results + TILE_N - 1) / TILE_N * splits * groups;
-    index_t first_row = (index_t)(blockIdx.x / blocks_a_row) * TILE_M;
-    convolve<false>(p, blockIdx.x % blocks_a_row, groups, splits, first_row, oh, ow, bias_or_null,
+    Product p = forward_product(x, filters, n, h, w, c, oh, ow, kh, kw, sh, sw, top, left, dh, dw,
+                                c_out, groups);
+    convolve<false>(p, share_of_block(p.results, splits, groups, 1), splits, bias_or_null,
                     residual_or_null, y, partial_or_null, tiles);
 }
 
-// dy (n, oh, ow, c_out), filters as above -> dx (n, h, w, c).
+// dy (n, oh, ow, c_out), filters as above -> dx (n, h, w, c), or partial (splits, n, h, w, c).
 extern "C" __global__ void __launch_bounds__(THREADS) conv_input_gradient(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ filters,
     scalar_t* __restrict__ dx, accum_t* __restrict__ partial_or_null,
@@ -301,26 +194,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_input_gradient(
     int dh, int dw, int c_out, int groups, int splits)
 {
     __shared__ Tiles tiles;
-    int blocks_a_row = (c / groups + TILE_N - 1) / TILE_N * splits * groups;
-    int block = blockIdx.x % blocks_a_row, phases_x = min(sw, w), phases = min(sh, h) * phases_x;
-    int phase = blockIdx.x / blocks_a_row % phases;
-    index_t first_row = (index_t)(blockIdx.x / blocks_a_row / phases) * TILE_M;
-    Product p = {dy, filters, n, gradient_axis(phase / phases_x, h, oh, kh, sh, top, dh),
-                 gradient_axis(phase % phases_x, w, ow, kw, sw, left, dw), c_out, c_out / groups,
-                 c, c / groups, kw, c / groups, c_out};
-    convolve<true>(p, block, groups, splits, first_row, h, w, nullptr, nullptr, dx,
-                   partial_or_null, tiles);
-}
-
-// y = g(the sum of the splits + bias + residual), always in the same order.
-extern "C" __global__ void finish_splits(
-    const accum_t* __restrict__ partial, const accum_t* __restrict__ bias_or_null,
-    const scalar_t* __restrict__ residual_or_null, scalar_t* __restrict__ y, long long size,
-    int c_out, int splits)
-{
-    GRID_STRIDE_LOOP(i, (index_t)size) {
-        accum_t z = 0;
-        for (int split = 0; split < splits; ++split) z += partial[split * (index_t)size + i];
-        y[i] = finish(z, bias_or_null, (int)(i % c_out), residual_or_null, i);
-    }
+    Share own = share_of_block(c / groups, splits, groups, gradient_phases(h, w, sh, sw));
+    Product p = gradient_product(dy, filters, own.phase, n, h, w, c, oh, ow, kh, kw, sh, sw, top,
+                                 left, dh, dw, c_out, groups);
+    convolve<true>(p, own, splits, nullptr, nullptr, dx, partial_or_null, tiles);
 }

@@ -209,7 +209,7 @@ def _slabs(size: int, splits: int, dtype: np.dtype) -> int:
 
 _forward = Kernel("conv_gemm.cu", "conv_forward")
 _input_gradient = Kernel("conv_gemm.cu", "conv_input_gradient")
-_finish_splits = Kernel("conv_gemm.cu", "finish_splits")
+_finish_splits = Kernel("finish_splits.cu", "finish_splits")
 _weight_gradient = Kernel("conv_weight_gradient.cu", "conv_weight_gradient")
 _direct = Kernel("conv_direct.cu", "conv_direct")
 _depthwise_input_gradient = Kernel("conv_direct.cu", "conv_depthwise_input_gradient")
@@ -222,21 +222,20 @@ def forward(p: Problem, plan: Plan, x: Any, w: Any, b: Any, residual: Any,
             activation: str | None) -> Any:
     """y = g(x * w + b + residual), by a plan that is not im2col's. b and residual may be None."""
     y = cupy.empty((p.n, p.oh, p.ow, p.c_out), x.dtype)
-    constants = {"ACTIVATION": _activation_code(activation)}
+    activated = {"ACTIVATION": _activation_code(activation)}
     if plan.tile is None:
         vec = _wide(p.c_out, x, w, y)
         _direct(y.size // vec, x, w, b, residual, y, *p.arguments, p.c_out, vec=vec,
-                **_direct_constants(p), **constants)
+                **_direct_constants(p), **activated)
         return y
     outputs, partial = p.c_out // p.groups, _slab_array(plan, y.size, x.dtype)
     blocks = plan.blocks(p.n * p.oh * p.ow, outputs) * p.groups
     vec = _four(p.inputs, x, w, y)
-    constants |= {"VEC_N": _four(outputs, x, w, y), **plan.tile.constants}
+    constants = {"VEC_N": _four(outputs, x, w, y), **plan.tile.constants, **activated}
     _forward.launch(blocks, plan.tile.threads, x, w, b, residual, y, partial, *p.arguments,
                     p.c_out, p.groups, plan.splits, vec=vec, **constants)
     if partial is not None:
-        _finish_splits(y.size, partial, b, residual, y, y.size, p.c_out, plan.splits, vec=vec,
-                       **constants)
+        _finish_splits(y.size, partial, b, residual, y, y.size, p.c_out, plan.splits, **activated)
     return y
 
 
@@ -255,8 +254,7 @@ def input_gradient(p: Problem, plan: Plan, dz: Any, w: Any) -> Any:
     _input_gradient.launch(blocks, plan.tile.threads, dz, w, dx, partial, *p.arguments, p.c_out,
                            p.groups, plan.splits, vec=vec, **constants)
     if partial is not None:
-        _finish_splits(dx.size, partial, None, None, dx, dx.size, p.c, plan.splits, vec=vec,
-                       **constants)
+        _finish_splits(dx.size, partial, None, None, dx, dx.size, p.c, plan.splits, ACTIVATION=0)
     return dx
 
 
