@@ -8,28 +8,7 @@
 // (kh, kw, c / groups, c_out).
 
 #include "gemm_tile.cuh"
-
-// Output pixel number m = (image * oh + y) * ow + x.
-struct Pixel {
-    index_t image;
-    int y, x;
-
-    __device__ void set(index_t m, int oh, int ow) {
-        x = (int)(m % ow);
-        y = (int)(m / ow % oh);
-        image = m / ow / oh;
-    }
-    __device__ void advance(int oh, int ow) {
-        x += TILE_K;
-        while (x >= ow) {
-            x -= ow;
-            if (++y == oh) {
-                y = 0;
-                ++image;
-            }
-        }
-    }
-};
+#include "implicit_gemm.cuh"
 
 // x (n, h, w, c), dz (n, oh, ow, c_out) -> slabs (splits, kh, kw, c / groups, c_out).
 extern "C" __global__ void __launch_bounds__(THREADS) conv_weight_gradient(
@@ -74,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_weight_gradient(
             bool seen = pixel[i].image < n && term < terms && iy >= 0 && iy < h && ix >= 0 && ix < w;
             index_t place = ((pixel[i].image * h + iy) * w + ix) * c + channel;
             a_chunk[i] = seen ? chunk_at<VEC>(x, place) : zero_chunk<VEC>();
-            pixel[i].advance(oh, ow);
+            pixel[i].advance(TILE_K, oh, ow);
         }
 #pragma unroll
         for (int i = 0; i < B_LOADS; ++i) {

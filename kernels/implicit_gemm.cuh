@@ -125,6 +125,28 @@ struct Term {
     }
 };
 
+// Output pixel number m = (image * oh + y) * ow + x.
+struct Pixel {
+    index_t image;
+    int y, x;
+
+    __device__ void set(index_t m, int oh, int ow) {
+        x = (int)(m % ow);
+        y = (int)(m / ow % oh);
+        image = m / ow / oh;
+    }
+    __device__ void advance(int by, int oh, int ow) {
+        x += by;
+        while (x >= ow) {
+            x -= ow;
+            if (++y == oh) {
+                y = 0;
+                ++image;
+            }
+        }
+    }
+};
+
 // What one block computes: a tile of one group of one phase, summed over one of the splits of k.
 // Results vary fastest among blocks, so that those which read the same pixels run together; then
 // splits, groups, phases, and rows.

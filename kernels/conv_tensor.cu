@@ -1,0 +1,168 @@
+// The products of implicit_gemm.cuh on tensor cores; tensor_tile.cuh says how.
+//
+//     A    TILE_M rows of TILE_K terms                terms are neighbours in memory
+//     B    forward: TILE_K rows of TILE_N results     results are neighbours, as in the filters
+//          gradient: TILE_N rows of TILE_K terms      terms are neighbours, as in the filters
+
+#include "tensor_tile.cuh"
+#include "activation.cuh"
+#include "implicit_gemm.cuh"
+
+constexpr int A_BYTES = TILE_M * TERM_PITCH;
+constexpr int B_BYTES = TILE_K * column_pitch<TILE_N>;  // at least TILE_N * TERM_PITCH
+
+template <bool GRADIENT>
+static __device__ void multiply(const Product& p, const Share& own, int splits, unsigned memory,
+                                float (&sums)[FRAGMENTS_M][FRAGMENTS_N][4]) {
+    const Axis &v = p.vertical, &h = p.horizontal;
+    const index_t rows = p.rows();
+    const int length = p.length();
+    const int stages = (length + TILE_K - 1) / TILE_K, share = (stages + splits - 1) / splits;
+    const int start = own.split * share, end = min(start + share, stages);
+    const int warp = threadIdx.x / 32;
+
+    // This thread copies one piece of k of each of these rows of A ...
+    constexpr int ROWS = THREADS / PIECES, A_COPIES = TILE_M / ROWS;
+    const int piece = threadIdx.x % PIECES, a_row = threadIdx.x / PIECES;
+    int top[A_COPIES], left[A_COPIES];
+    index_t image[A_COPIES];
+#pragma unroll
+    for (int i = 0; i < A_COPIES; ++i) {
+        index_t row = own.first_row + a_row + i * ROWS;
+        index_t line = row / h.outputs;
+        left[i] = (int)(row % h.outputs) * h.stride + h.start;
+        top[i] = (int)(line % v.outputs) * v.stride + v.start;
+        image[i] = row < rows ? line / v.outputs * v.size : -1;
+    }
+    Term term(start * TILE_K + piece * PIECE, h.taps, p.terms);
+
+    // ... and of B: forward one piece of the results of these terms, else the same terms of results.
+    constexpr int COLUMNS = TILE_N / PIECE, K_ROWS = THREADS / COLUMNS;
+    constexpr int B_COPIES = GRADIENT ? TILE_N / ROWS : TILE_K / K_ROWS;
+    const int b_piece = threadIdx.x % COLUMNS, b_row = threadIdx.x / COLUMNS;
+    static_assert(TILE_M % ROWS == 0 && TILE_N % ROWS == 0 && TILE_K % K_ROWS == 0, "whole rows");
+
+    int fetched = start;
+    auto fetch = [&](unsigned stage) {
+        const bool inside = term.ty < v.taps;
+#pragma unroll
+        for (int i = 0; i < A_COPIES; ++i) {
+            int y = top[i] + term.ty * v.step, x = left[i] + term.tx * h.step;
+            bool seen = inside && image[i] >= 0 && y >= 0 && y < v.size && x >= 0 && x < h.size;
+            index_t place = ((image[i] + y) * h.size + x) * p.x_channels + own.group * p.terms + term.c;
+            start_copy(stage + term_offset(a_row + i * ROWS, piece), p.x + (seen ? place : 0), seen);
+        }
+        const unsigned b = stage + A_BYTES;
+#pragma unroll
+        for (int i = 0; i < B_COPIES; ++i) {
+            if (GRADIENT) {
+                int tap = (v.first + term.ty * v.every) * p.filter_columns + h.first + term.tx * h.every;
+                int result = own.first_result + a_row + i * ROWS;
+                bool seen = inside && result < p.results;
+                index_t filter = (index_t)tap * p.filter_inputs + result;
+                index_t place = filter * p.filter_outputs + own.group * p.terms + term.c;
+                start_copy(b + term_offset(a_row + i * ROWS, piece), p.w + (seen ? place : 0), seen);
+            } else {
+                int row = b_row + i * K_ROWS, k = fetched * TILE_K + row;
+                int result = own.first_result + b_piece * PIECE;
+                bool seen = k < length && result < p.results;
+                index_t place = (index_t)k * p.filter_outputs + own.group * p.results + result;
+                start_copy(b + column_offset<TILE_N>(row, b_piece), p.w + (seen ? place : 0), seen);
+            }
+        }
+        term.advance(TILE_K, h.taps, p.terms);
+        ++fetched;
+    };
+
+    const int warp_row = warp % WARPS_M * WARP_M, warp_column = warp / WARPS_M * WARP_N;
+    run_stages<A_BYTES + B_BYTES>(memory, start, end, fetch, [&](unsigned a_tile) {
+#pragma unroll
+        for (int step = 0; step < PIECES / 2; ++step) {
+            unsigned a[FRAGMENTS_M][4], b[FRAGMENTS_N / 2][4];
+#pragma unroll
+            for (int i = 0; i < FRAGMENTS_M; ++i) load_a_terms(a[i], a_tile, warp_row + i * 16, step);
+#pragma unroll
+            for (int j = 0; j < FRAGMENTS_N / 2; ++j) {
+                const int column = warp_column + j * 16;
+                if (GRADIENT) load_b_terms(b[j], a_tile + A_BYTES, column, step);
+                else load_b_columns<TILE_N>(b[j], a_tile + A_BYTES, column, step);
+            }
+            multiply_step(sums, a, b);
+        }
+    });
+}
+
+template <bool GRADIENT>
+static __device__ void convolve(const Product& p, const Share& own, int splits, const float* bias,
+                                const scalar_t* residual, scalar_t* y, float* partial) {
+    extern __shared__ __align__(128) unsigned char memory[];
+    const index_t rows = p.rows();
+    if (own.first_row >= rows) return;
+    float sums[FRAGMENTS_M][FRAGMENTS_N][4] = {};
+    multiply<GRADIENT>(p, own, splits, shared_address(memory), sums);
+
+    // A lane has two neighbouring sums of a row, but should write 16 bytes. So each warp lays 16 rows
+    // of its sums into shared memory and reads them back in pieces.
+    constexpr int PITCH = WARP_N + 8, ROW_PIECES = WARP_N / PIECE;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float* corner = reinterpret_cast<float*>(memory) + warp * 16 * PITCH;
+    const index_t warp_row = own.first_row + warp % WARPS_M * WARP_M;
+    const int warp_result = own.first_result + warp / WARPS_M * WARP_N;
+    if (partial) partial += own.split * ((index_t)p.images * p.y_height * p.y_width * p.y_channels);
+#pragma unroll
+    for (int i = 0; i < FRAGMENTS_M; ++i) {
+#pragma unroll
+        for (int j = 0; j < FRAGMENTS_N; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                corner[(lane / 4 + e / 2 * 8) * PITCH + j * 8 + lane % 4 * 2 + e % 2] = sums[i][j][e];
+        __syncwarp();
+        for (int u = lane; u < 16 * ROW_PIECES; u += 32) {
+            index_t row = warp_row + i * 16 + u / ROW_PIECES;
+            int column = u % ROW_PIECES * PIECE, result = warp_result + column;
+            if (row >= rows || result >= p.results) continue;
+            const float* sum = corner + u / ROW_PIECES * PITCH + column;
+            int channel = own.group * p.results + result;
+            index_t place = p.pixel_of(row) * p.y_channels + channel;
+            if (partial) {
+#pragma unroll
+                for (int e = 0; e < PIECE; ++e) partial[place + e] = sum[e];
+            } else {
+                struct alignas(16) Piece { scalar_t at[PIECE]; } out;
+#pragma unroll
+                for (int e = 0; e < PIECE; ++e)
+                    out.at[e] = finish(sum[e], bias, channel + e, residual, place + e);
+                *reinterpret_cast<Piece*>(y + place) = out;
+            }
+        }
+        __syncwarp();
+    }
+}
+
+// As conv_forward in conv_gemm.cu.
+extern "C" __global__ void __launch_bounds__(THREADS, 2) conv_tensor_forward(
+    const scalar_t* __restrict__ x, const scalar_t* __restrict__ filters,
+    const accum_t* __restrict__ bias_or_null, const scalar_t* __restrict__ residual_or_null,
+    scalar_t* __restrict__ y, accum_t* __restrict__ partial_or_null,
+    int n, int h, int w, int c, int oh, int ow, int kh, int kw, int sh, int sw, int top, int left,
+    int dh, int dw, int c_out, int groups, int splits)
+{
+    Product p = forward_product(x, filters, n, h, w, c, oh, ow, kh, kw, sh, sw, top, left, dh, dw,
+                                c_out, groups);
+    convolve<false>(p, share_of_block(p.results, splits, groups, 1), splits, bias_or_null,
+                    residual_or_null, y, partial_or_null);
+}
+
+// As conv_input_gradient in conv_gemm.cu, except that a weight which is not finite makes NaN also at
+// those pixels near the border whose tap it is, but whose output does not exist.
+extern "C" __global__ void __launch_bounds__(THREADS, 2) conv_tensor_input_gradient(
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ filters,
+    scalar_t* __restrict__ dx, accum_t* __restrict__ partial_or_null,
+    int n, int h, int w, int c, int oh, int ow, int kh, int kw, int sh, int sw, int top, int left,
+    int dh, int dw, int c_out, int groups, int splits)
+{
+    Share own = share_of_block(c / groups, splits, groups, gradient_phases(h, w, sh, sw));
+    Product p = gradient_product(dy, filters, own.phase, n, h, w, c, oh, ow, kh, kw, sh, sw, top,
+                                 left, dh, dw, c_out, groups);
+    convolve<true>(p, own, splits, nullptr, nullptr, dx, partial_or_null);
+}

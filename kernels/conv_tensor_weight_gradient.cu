@@ -1,0 +1,94 @@
+// The weight gradient of conv_weight_gradient.cu on tensor cores; tensor_tile.cuh says how.
+//
+//     A    TILE_K rows, one a pixel, of TILE_M terms (ky, kx, ic)    terms are neighbours in memory
+//     B    TILE_K rows, one a pixel, of TILE_N outputs               outputs are neighbours
+
+#include "tensor_tile.cuh"
+#include "implicit_gemm.cuh"
+
+constexpr int A_BYTES = TILE_K * column_pitch<TILE_M>, B_BYTES = TILE_K * column_pitch<TILE_N>;
+
+// x (n, h, w, c), dz (n, oh, ow, c_out) -> slabs (splits, kh, kw, c / groups, c_out).
+extern "C" __global__ void __launch_bounds__(THREADS, 2) conv_tensor_weight_gradient(
+    const scalar_t* __restrict__ x, const scalar_t* __restrict__ dz, accum_t* __restrict__ slabs,
+    int n, int h, int w, int c, int oh, int ow, int kh, int kw, int sh, int sw, int top, int left,
+    int dh, int dw, int c_out, int groups, int splits)
+{
+    extern __shared__ __align__(128) unsigned char memory[];
+    const int inputs = c / groups, outputs = c_out / groups, terms = kh * kw * inputs;
+    int block = blockIdx.x;
+    const int columns = (outputs + TILE_N - 1) / TILE_N, rows = (terms + TILE_M - 1) / TILE_M;
+    const int first_output = block % columns * TILE_N;  block /= columns;
+    const int first_term = block % rows * TILE_M;       block /= rows;
+    const int group = block % groups, split = block / groups;
+    const index_t pixels = (index_t)n * oh * ow, stages = (pixels + TILE_K - 1) / TILE_K;
+    const index_t share = (stages + splits - 1) / splits, start = split * share;
+    const index_t end = start + share < stages ? start + share : stages;
+
+    // This thread copies one piece of the channels under one tap of each of these pixels of A ...
+    constexpr int A_COLUMNS = TILE_M / PIECE, A_ROWS = THREADS / A_COLUMNS;
+    constexpr int A_COPIES = TILE_K / A_ROWS;
+    const int a_piece = threadIdx.x % A_COLUMNS, a_row = threadIdx.x / A_COLUMNS;
+    const int term = first_term + a_piece * PIECE, channel = group * inputs + term % inputs;
+    const int from_y = term / inputs / kw * dh - top, from_x = term / inputs % kw * dw - left;
+    Pixel pixel[A_COPIES];
+#pragma unroll
+    for (int i = 0; i < A_COPIES; ++i) pixel[i].set(start * TILE_K + a_row + i * A_ROWS, oh, ow);
+
+    // ... and one piece of the outputs of each of these pixels of B.
+    constexpr int B_COLUMNS = TILE_N / PIECE, B_ROWS = THREADS / B_COLUMNS;
+    constexpr int B_COPIES = TILE_K / B_ROWS;
+    const int b_piece = threadIdx.x % B_COLUMNS, b_row = threadIdx.x / B_COLUMNS;
+    const int output = first_output + b_piece * PIECE;
+    index_t b_pixel = start * TILE_K + b_row;
+    static_assert(TILE_K % A_ROWS == 0 && TILE_K % B_ROWS == 0, "whole rows are copied");
+
+    auto fetch = [&](unsigned a) {
+#pragma unroll
+        for (int i = 0; i < A_COPIES; ++i) {
+            int iy = pixel[i].y * sh + from_y, ix = pixel[i].x * sw + from_x;
+            bool seen = pixel[i].image < n && term < terms && iy >= 0 && iy < h && ix >= 0 && ix < w;
+            index_t place = ((pixel[i].image * h + iy) * w + ix) * c + channel;
+            start_copy(a + column_offset<TILE_M>(a_row + i * A_ROWS, a_piece), x + (seen ? place : 0),
+                       seen);
+            pixel[i].advance(TILE_K, oh, ow);
+        }
+#pragma unroll
+        for (int i = 0; i < B_COPIES; ++i) {
+            index_t m = b_pixel + i * B_ROWS;
+            bool seen = m < pixels && output < outputs;
+            index_t place = m * c_out + group * outputs + output;
+            start_copy(a + A_BYTES + column_offset<TILE_N>(b_row + i * B_ROWS, b_piece),
+                       dz + (seen ? place : 0), seen);
+        }
+        b_pixel += TILE_K;
+    };
+
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int warp_row = warp % WARPS_M * WARP_M, warp_column = warp / WARPS_M * WARP_N;
+    float sums[FRAGMENTS_M][FRAGMENTS_N][4] = {};
+    run_stages<A_BYTES + B_BYTES>(shared_address(memory), start, end, fetch, [&](unsigned a_tile) {
+#pragma unroll
+        for (int step = 0; step < PIECES / 2; ++step) {
+            unsigned a[FRAGMENTS_M][4], b[FRAGMENTS_N / 2][4];
+#pragma unroll
+            for (int i = 0; i < FRAGMENTS_M; ++i)
+                load_a_columns<TILE_M>(a[i], a_tile, warp_row + i * 16, step);
+#pragma unroll
+            for (int j = 0; j < FRAGMENTS_N / 2; ++j)
+                load_b_columns<TILE_N>(b[j], a_tile + A_BYTES, warp_column + j * 16, step);
+            multiply_step(sums, a, b);
+        }
+    });
+#pragma unroll
+    for (int i = 0; i < FRAGMENTS_M; ++i)
+#pragma unroll
+        for (int j = 0; j < FRAGMENTS_N; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                int k = first_term + warp_row + i * 16 + lane / 4 + e / 2 * 8;
+                int o = first_output + warp_column + j * 8 + lane % 4 * 2 + e % 2;
+                if (k < terms && o < outputs)
+                    slabs[((index_t)split * terms + k) * c_out + group * outputs + o] = sums[i][j][e];
+            }
+}
