@@ -70,29 +70,32 @@ class Backend(Protocol):
         """The sum over the rows of a matrix."""
 
     def conv2d(self, x: Array, w: Array, b: Array | None, window: Window, groups: int,
-               activation: str | None, residual: Array | None = None, algorithm: str = "auto"
-               ) -> Array:
+               activation: str | None, residual: Array | None = None, algorithm: str = "auto",
+               tf32: bool = False) -> Array:
         """x (n, h, w, c), w (kh, kw, c / groups, c_out), b (c_out,) -> A (n, oh, ow, c_out).
 
         residual: of A's shape, added before the activation.
         algorithm: one of ALGORITHMS, which are the GPU's; NumPy always chooses for itself.
+        tf32: whether products of float32 may be rounded to 10 bits, which tensor cores do.
         """
 
     def conv2d_backward(self, da: Array, a: Array, x: Array, w: Array, window: Window, groups: int,
                         activation: str | None, dw: Array, db: Array | None = None,
-                        input_gradient: bool = True, algorithm: str = "auto") -> Array | None:
+                        input_gradient: bool = True, algorithm: str = "auto",
+                        tf32: bool = False) -> Array | None:
         """da and a (n, oh, ow, c_out), x and w as in conv2d -> dx; writes dw and db.
 
         dw, db: C-contiguous arrays for these gradients; db may be None.
         input_gradient: without it dx is None, and is not computed.
         """
 
-    def dense(self, x: Array, w: Array, b: Array | None, activation: str | None) -> Array:
+    def dense(self, x: Array, w: Array, b: Array | None, activation: str | None,
+              tf32: bool = False) -> Array:
         """x (n, inputs), w (inputs, units), b (units,) -> A (n, units)."""
 
     def dense_backward(self, da: Array, a: Array, x: Array, w: Array, activation: str | None,
-                       dw: Array, db: Array | None = None, input_gradient: bool = True
-                       ) -> Array | None:
+                       dw: Array, db: Array | None = None, input_gradient: bool = True,
+                       tf32: bool = False) -> Array | None:
         """da and a (n, units), x and w as in dense -> dx, None if unwanted; writes dw and db."""
 
     def im2col(self, x: Array, window: Window) -> Array:

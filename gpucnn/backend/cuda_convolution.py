@@ -25,34 +25,53 @@ MAX_DIRECT_TERMS = 32  # of the weight gradient, where a tile of a matrix produc
 MAX_SPLITS = 64
 TERMS_A_SPLIT = 256    # at least: a block must have something to do before it writes its slab
 BLOCKS_EACH = 2        # blocks that a multiprocessor runs at a time
-PRODUCTS_A_WORD = 40   # products that a GPU does in the time in which it moves 4 bytes
+TERM_BYTES = 64        # of k that a tile of tensor_tile.cuh is long
+# Products that a GPU does in the time in which it moves 4 bytes, without and with tensor cores.
+PRODUCTS_A_WORD, TENSOR_PRODUCTS_A_WORD = 40, 300
 
 
 class Tile(NamedTuple):
-    """How a block divides its part of a matrix product; gemm_tile.cuh says how.
+    """How a block divides its m x n part of a matrix product.
 
+    part_m, part_n: the sums of a thread, or with `stages` those of a warp on tensor cores.
+    stages: how many tiles of the factors are in shared memory at a time; 0 without tensor cores.
     speed: its share of the largest tile's products per second, while it is full.
     """
 
     m: int
     n: int
-    quads_m: int
-    quads_n: int
+    part_m: int
+    part_n: int
     speed: float
+    stages: int = 0
 
     @property
     def threads(self) -> int:
-        return self.m * self.n // (16 * self.quads_m * self.quads_n)
+        return self.m * self.n // (self.part_m * self.part_n) * (32 if self.stages else 1)
 
     @property
     def constants(self) -> dict[str, int]:
-        """What gemm_tile.cuh leaves to the launcher."""
-        return {"TILE_M": self.m, "TILE_N": self.n, "QUADS_M": self.quads_m,
-                "QUADS_N": self.quads_n}
+        """What gemm_tile.cuh or tensor_tile.cuh leaves to the launcher."""
+        if self.stages:
+            return {"TILE_M": self.m, "TILE_N": self.n, "WARP_M": self.part_m,
+                    "WARP_N": self.part_n, "STAGES": self.stages}
+        return {"TILE_M": self.m, "TILE_N": self.n, "QUADS_M": self.part_m // 4,
+                "QUADS_N": self.part_n // 4}
+
+    def shared(self, itemsize: int, weight_gradient: bool = False) -> int:
+        """Bytes of dynamic shared memory that a block of a kernel on tensor cores needs."""
+        if not self.stages:
+            return 0
+        k, gap = TERM_BYTES // itemsize, 32 if itemsize == 4 else 0
+        a = k * (self.m * itemsize + gap) if weight_gradient else self.m * TERM_BYTES
+        corners = self.threads // 32 * 16 * (self.part_n + 8) * 4
+        return max(self.stages * (a + k * (self.n * itemsize + gap)), corners)
 
 
-TILES = (Tile(128, 128, 2, 2, 1.0), Tile(128, 64, 2, 2, 0.9), Tile(64, 64, 2, 2, 0.75),
-         Tile(32, 32, 1, 1, 0.4))
+TILES = (Tile(128, 128, 8, 8, 1.0), Tile(128, 64, 8, 8, 0.9), Tile(64, 64, 8, 8, 0.75),
+         Tile(32, 32, 4, 4, 0.4))
+TENSOR_TILES = (Tile(128, 128, 64, 32, 1.0, 4), Tile(128, 64, 64, 32, 0.9, 4),
+                Tile(64, 64, 32, 32, 0.7, 4), Tile(32, 32, 16, 16, 0.3, 3))
 
 
 class Plan(NamedTuple):
@@ -69,12 +88,16 @@ class Plan(NamedTuple):
         return -(-rows // self.tile.m) * -(-columns // self.tile.n) * self.splits
 
     def __str__(self) -> str:
-        tile = f" {self.tile.m}x{self.tile.n}" if self.tile else ""
+        cores = " on tensor cores" if self.tile and self.tile.stages else ""
+        tile = f" {self.tile.m}x{self.tile.n}{cores}" if self.tile else ""
         return f"{self.algorithm}{tile}" + (f" / {self.splits}" if self.splits > 1 else "")
 
 
 class Problem(NamedTuple):
-    """The sizes of a convolution. x is (n, h, w, c), y is (n, oh, ow, c_out)."""
+    """The sizes of a convolution. x is (n, h, w, c), y is (n, oh, ow, c_out).
+
+    tensor: whether its products are to be done on tensor cores.
+    """
 
     n: int
     h: int
@@ -86,12 +109,17 @@ class Problem(NamedTuple):
     groups: int
     window: Window
     dtype: np.dtype
+    tensor: bool = False
 
     @classmethod
     def of(cls, x_shape: tuple[int, ...], c_out: int, window: Window, groups: int,
-           dtype: np.dtype) -> Problem:
+           dtype: np.dtype, tensor: bool = False) -> Problem:
+        """tensor: whether tensor cores may be used. They are where channels fill 16 bytes."""
         n, h, w, c = x_shape
-        return cls(n, h, w, c, *window.out_size(h, w), c_out, groups, window, np.dtype(dtype))
+        dtype = np.dtype(dtype)
+        full = c // groups * dtype.itemsize % 16 == 0 == c_out // groups * dtype.itemsize % 16
+        return cls(n, h, w, c, *window.out_size(h, w), c_out, groups, window, dtype,
+                   tensor and full and dtype.itemsize <= 4)
 
     @property
     def inputs(self) -> int:
@@ -186,14 +214,15 @@ def _gemm_plan(p: Problem, rows: int, columns: int, terms: int, products: int, s
     A sum is split until each processor has BLOCKS_EACH blocks, if it is long enough for that.
     """
     at_once = BLOCKS_EACH * (processors or _processors())
+    a_word = TENSOR_PRODUCTS_A_WORD if p.tensor else PRODUCTS_A_WORD
     best, least = None, math.inf
-    for tile in TILES:
+    for tile in TENSOR_TILES if p.tensor else TILES:
         blocks = max(1, -(-rows // tile.m) * -(-columns // tile.n) * products)
         splits = max(1, min(-(-at_once // blocks), terms // TERMS_A_SPLIT, MAX_SPLITS))
         waves = -(-blocks * splits // at_once)
         time = waves * tile.m * tile.n * -(-terms // splits) / tile.speed
         if splits > 1:
-            time += PRODUCTS_A_WORD * (2 * splits + 1) * size / at_once
+            time += a_word * (2 * splits + 1) * size / at_once
         if time < least:
             best, least = (tile, splits), time
     assert best is not None
@@ -211,6 +240,9 @@ _forward = Kernel("conv_gemm.cu", "conv_forward")
 _input_gradient = Kernel("conv_gemm.cu", "conv_input_gradient")
 _finish_splits = Kernel("finish_splits.cu", "finish_splits")
 _weight_gradient = Kernel("conv_weight_gradient.cu", "conv_weight_gradient")
+_tensor_forward = Kernel("conv_tensor.cu", "conv_tensor_forward")
+_tensor_input_gradient = Kernel("conv_tensor.cu", "conv_tensor_input_gradient")
+_tensor_weight_gradient = Kernel("conv_tensor_weight_gradient.cu", "conv_tensor_weight_gradient")
 _direct = Kernel("conv_direct.cu", "conv_direct")
 _depthwise_input_gradient = Kernel("conv_direct.cu", "conv_depthwise_input_gradient")
 _direct_weight_gradient = Kernel("conv_direct.cu", "conv_direct_weight_gradient")
@@ -230,10 +262,9 @@ def forward(p: Problem, plan: Plan, x: Any, w: Any, b: Any, residual: Any,
         return y
     outputs, partial = p.c_out // p.groups, _slab_array(plan, y.size, x.dtype)
     blocks = plan.blocks(p.n * p.oh * p.ow, outputs) * p.groups
-    vec = _four(p.inputs, x, w, y)
-    constants = {"VEC_N": _four(outputs, x, w, y), **plan.tile.constants, **activated}
-    _forward.launch(blocks, plan.tile.threads, x, w, b, residual, y, partial, *p.arguments,
-                    p.c_out, p.groups, plan.splits, vec=vec, **constants)
+    kernel, options = _options(plan.tile, _forward, _tensor_forward, p.inputs, outputs, (x, w, y))
+    kernel.launch(blocks, plan.tile.threads, x, w, b, residual, y, partial, *p.arguments, p.c_out,
+                  p.groups, plan.splits, **options, **activated)
     if partial is not None:
         _finish_splits(y.size, partial, b, residual, y, y.size, p.c_out, plan.splits, **activated)
     return y
@@ -249,10 +280,10 @@ def input_gradient(p: Problem, plan: Plan, dz: Any, w: Any) -> Any:
         return dx
     partial, (phases, rows) = _slab_array(plan, dx.size, dz.dtype), p.gradient_phases
     blocks = plan.blocks(rows, p.inputs) * phases * p.groups
-    vec = _four(p.c_out // p.groups, dz, w, dx)
-    constants = {"ACTIVATION": 0, "VEC_N": _four(p.inputs, dz, w, dx), **plan.tile.constants}
-    _input_gradient.launch(blocks, plan.tile.threads, dz, w, dx, partial, *p.arguments, p.c_out,
-                           p.groups, plan.splits, vec=vec, **constants)
+    kernel, options = _options(plan.tile, _input_gradient, _tensor_input_gradient,
+                               p.c_out // p.groups, p.inputs, (dz, w, dx))
+    kernel.launch(blocks, plan.tile.threads, dz, w, dx, partial, *p.arguments, p.c_out, p.groups,
+                  plan.splits, **options, ACTIVATION=0)
     if partial is not None:
         _finish_splits(dx.size, partial, None, None, dx, dx.size, p.c, plan.splits, ACTIVATION=0)
     return dx
@@ -274,9 +305,10 @@ def weight_gradient(p: Problem, plan: Plan, x: Any, dz: Any, dw: Any) -> None:
     else:
         outputs = p.c_out // p.groups
         blocks = plan.blocks(dw.size // p.c_out, outputs) * p.groups
-        _weight_gradient.launch(blocks, plan.tile.threads, x, dz, out, *p.arguments, p.c_out,
-                                p.groups, plan.splits, vec=_four(p.inputs, x, dz),
-                                VEC_N=_four(outputs, x, dz), **plan.tile.constants)
+        kernel, options = _options(plan.tile, _weight_gradient, _tensor_weight_gradient, p.inputs,
+                                   outputs, (x, dz))
+        kernel.launch(blocks, plan.tile.threads, x, dz, out, *p.arguments, p.c_out, p.groups,
+                      plan.splits, **options)
     if slabs is not None:
         _sum_splits(dw.size, slabs, dw, dw.size, plan.splits)
 
@@ -310,6 +342,20 @@ def _direct_constants(p: Problem) -> dict[str, int]:
 
 def _slab_array(plan: Plan, size: int, dtype: np.dtype) -> Any:
     return cupy.empty((plan.splits, size), accumulator(dtype)) if plan.splits > 1 else None
+
+
+def _options(tile: Tile, ordinary: Kernel, tensor: Kernel, terms: int, results: int,
+             arrays: tuple) -> tuple[Kernel, dict[str, int]]:
+    """Which kernel computes a product in such tiles, and what it is launched with.
+
+    terms, results: channels that are neighbours in memory among the terms, and the results.
+    """
+    if tile.stages:
+        itemsize = arrays[0].itemsize
+        return tensor, {"vec": 16 // itemsize, **tile.constants,
+                        "shared": tile.shared(itemsize, tensor is _tensor_weight_gradient)}
+    return ordinary, {"vec": _four(terms, *arrays), "VEC_N": _four(results, *arrays),
+                      **tile.constants}
 
 
 def _four(channels: int, *arrays: Any) -> int:

@@ -68,8 +68,9 @@ class CupyBackend:
         return sum_rows(cupy, matrix)
 
     def conv2d(self, x: Any, w: Any, b: Any, window: Window, groups: int,
-               activation: str | None, residual: Any = None, algorithm: str = "auto") -> Any:
-        problem = Problem.of(x.shape, w.shape[3], window, groups, x.dtype)
+               activation: str | None, residual: Any = None, algorithm: str = "auto",
+               tf32: bool = False) -> Any:
+        problem = _problem(x, w, window, groups, tf32)
         plan = forward_plan(problem, _algorithm(algorithm))
         if plan.algorithm == "im2col":
             return convolution.conv2d(self, x, w, b, window, groups, activation, residual)
@@ -77,7 +78,8 @@ class CupyBackend:
 
     def conv2d_backward(self, da: Any, a: Any, x: Any, w: Any, window: Window, groups: int,
                         activation: str | None, dw: Any, db: Any = None,
-                        input_gradient: bool = True, algorithm: str = "auto") -> Any:
+                        input_gradient: bool = True, algorithm: str = "auto",
+                        tf32: bool = False) -> Any:
         algorithm = _algorithm(algorithm)
         if algorithm == "im2col":
             dx, dw[...], bias_gradient = convolution.conv2d_backward(
@@ -85,23 +87,24 @@ class CupyBackend:
             if db is not None:
                 db[...] = bias_gradient
             return dx
-        p = Problem.of(x.shape, w.shape[3], window, groups, x.dtype)
+        p = _problem(x, w, window, groups, tf32)
         dz = cuda_convolution.activation_backward(da, a, activation, db)
         cuda_convolution.weight_gradient(p, weight_gradient_plan(p, algorithm), x, dz, dw)
         if not input_gradient:
             return None
         return cuda_convolution.input_gradient(p, input_gradient_plan(p, algorithm), dz, w)
 
-    def dense(self, x: Any, w: Any, b: Any, activation: str | None) -> Any:
+    def dense(self, x: Any, w: Any, b: Any, activation: str | None, tf32: bool = False) -> Any:
         # A convolution with one tap over one image, a row of n pixels.
         return self.conv2d(x[None, None], w[None, None], b, _ONE_TAP, 1, activation,
-                           algorithm="implicit_gemm")[0, 0]
+                           None, "implicit_gemm", tf32)[0, 0]
 
     def dense_backward(self, da: Any, a: Any, x: Any, w: Any, activation: str | None,
-                       dw: Any, db: Any = None, input_gradient: bool = True) -> Any:
+                       dw: Any, db: Any = None, input_gradient: bool = True,
+                       tf32: bool = False) -> Any:
         dx = self.conv2d_backward(
             da[None, None], a[None, None], x[None, None], w[None, None], _ONE_TAP, 1, activation,
-            dw[None, None], db, input_gradient, algorithm="implicit_gemm")
+            dw[None, None], db, input_gradient, "implicit_gemm", tf32)
         return None if dx is None else dx[0, 0]
 
     def im2col(self, x: Any, window: Window) -> Any:
@@ -152,6 +155,13 @@ class CupyBackend:
                       augmentation.crop, int(augmentation.padding == "reflect"),
                       int(augmentation.flip), augmentation.cutout, *words_of(key), vec=vec)
         return x, y
+
+
+def _problem(x: Any, w: Any, window: Window, groups: int, tf32: bool) -> Problem:
+    """Tensor cores compute with 16-bit arrays, and with float32 ones where tf32 is allowed."""
+    tensor = ((x.itemsize == 2 or tf32) and int(cupy.cuda.Device().compute_capability) >= 80
+              and x.data.ptr % 16 == 0 == w.data.ptr % 16)
+    return Problem.of(x.shape, w.shape[3], window, groups, x.dtype, tensor)
 
 
 def _algorithm(of_layer: str) -> str:

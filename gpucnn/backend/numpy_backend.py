@@ -81,7 +81,7 @@ class NumpyBackend:
 
     def conv2d(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None, window: Window,
                groups: int, activation: str | None, residual: np.ndarray | None = None,
-               algorithm: str = "auto") -> np.ndarray:
+               algorithm: str = "auto", tf32: bool = False) -> np.ndarray:
         if row_convolution.pays(window, groups, x.shape, w.shape[-1]):
             return row_convolution.conv2d(self, x, w, b, window, activation, residual)
         if narrow_convolution.pays(window, groups, x.shape):
@@ -91,7 +91,7 @@ class NumpyBackend:
     def conv2d_backward(self, da: np.ndarray, a: np.ndarray, x: np.ndarray, w: np.ndarray,
                         window: Window, groups: int, activation: str | None, dw: np.ndarray,
                         db: np.ndarray | None = None, input_gradient: bool = True,
-                        algorithm: str = "auto") -> np.ndarray | None:
+                        algorithm: str = "auto", tf32: bool = False) -> np.ndarray | None:
         # A full convolution multiplies filters with zeros around dZ: NaN for a weight that is not
         # finite, at pixels that it never saw.
         if (row_convolution.backward_pays(window, groups, x.shape, w.shape[-1], input_gradient)
@@ -108,8 +108,8 @@ class NumpyBackend:
             db[...] = bias_gradient
         return dx
 
-    def dense(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None,
-              activation: str | None) -> np.ndarray:
+    def dense(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None, activation: str | None,
+              tf32: bool = False) -> np.ndarray:
         z = self.matmul(x, w)
         if b is not None:
             z += b
@@ -117,7 +117,7 @@ class NumpyBackend:
 
     def dense_backward(self, da: np.ndarray, a: np.ndarray, x: np.ndarray, w: np.ndarray,
                        activation: str | None, dw: np.ndarray, db: np.ndarray | None = None,
-                       input_gradient: bool = True) -> np.ndarray | None:
+                       input_gradient: bool = True, tf32: bool = False) -> np.ndarray | None:
         dz = activation_backward(np, activation, da, a)
         self.matmul(x.T, dz, out=dw)
         if db is not None:
