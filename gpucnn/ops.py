@@ -32,7 +32,7 @@ from gpucnn.geometry import (
 )
 from gpucnn.numerics import log_softmax
 
-FLOATS = tuple(map(np.dtype, (np.float16, np.float32, np.float64)))
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def conv2d(x: Array, w: Array, b: Array | None = None, *, stride: IntOrPair = 1,
@@ -214,7 +214,7 @@ def as_array(where: str, name: str, value: Any) -> Array:
                   if value.dtype == np.uint8 else "; cast it with x.astype('float32')")
         values = " (0..255)" if value.dtype == np.uint8 else ""
         raise TypeError(f"{where}: {name} is {value.dtype}{values}{remedy}")
-    if value.dtype.newbyteorder("=") not in FLOATS:
+    if value.dtype.name not in FLOATS:
         raise TypeError(f"{where}: dtype {value.dtype} of {name} is not supported; use float16, "
                         "float32 or float64")
     return value
@@ -259,7 +259,7 @@ def _receive(where: str, **arrays: Any) -> tuple[Backend, np.dtype, list[Any]]:
         if value.dtype.newbyteorder("=") != dtype:
             raise TypeError(f"{where}: {first} is {dtype}, {name} is {value.dtype}; cast one of "
                             f"them, e.g. {name}.astype('{dtype}')")
-    computed = np.dtype(np.float32) if dtype == np.float16 else dtype
+    computed = np.dtype(np.float32) if dtype.itemsize == 2 else dtype
     return backend, dtype, [None if v is None else backend.asarray(v, computed)
                             for v in values.values()]
 

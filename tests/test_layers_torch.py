@@ -213,7 +213,7 @@ def test_the_table_has_every_layer():
 def test_batch_norm_follows_and_uses_its_running_statistics(backend, rng):
     layer = BatchNorm(momentum=0.3)
     layer.build(IMAGE, dtype=np.float64)
-    layer.flat_data[...] = backend.asarray(rng.standard_normal(8))
+    layer.flat_data[...] = backend.asarray(rng.standard_normal(layer.flat_data.shape))
     p = {k: leaf(backend.to_numpy(v.data)) for k, v in layer.parameters().items()}
     mean, var = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
     for _ in range(3):

@@ -11,6 +11,7 @@ from gpucnn import rng
 from gpucnn.backend import Array, get_backend
 from gpucnn.geometry import is_int
 from gpucnn.ops import as_array
+from gpucnn.precision import make_precision
 
 Shape = tuple[int, ...]
 Initializer = Callable[[Shape, int, int], np.ndarray]  # (shape, key, stream) -> float64 array
@@ -25,7 +26,9 @@ _ALIGNMENT = 8
 class Parameter:
     """An array to learn, and the gradient that the last backward pass left for it.
 
-    data and grad are views into two flat arrays of the model, once it is built.
+    data and grad are views into two flat arrays of the model, once it is built. cast is what
+    products read: data itself, or in mixed precision a view into a flat 16-bit copy, which the
+    optimizer writes with data. After writing to data yourself, call the model's cast_parameters().
     """
 
     def __init__(self, shape: Shape, initializer: Initializer, decay: bool):
@@ -34,6 +37,7 @@ class Parameter:
         self.decay = decay
         self.data: Array = None
         self.grad: Array = None
+        self.cast: Array = None
 
     @property
     def size(self) -> int:
@@ -64,7 +68,7 @@ class Layer:
         self.backend = get_backend()
         self.path = name or ""
         self.built = False
-        self.dtype = np.dtype(np.float32)
+        self.precision = make_precision("", "float32", self.backend.name)
         self.input_shape: Shape = ()
         self.output_shape: Shape = ()
         self.own_parameters: dict[str, Parameter] = {}
@@ -72,6 +76,7 @@ class Layer:
         self.decayed_size = 0
         self.flat_data: Array = None
         self.flat_grad: Array = None
+        self.flat_cast: Array = None
         self._saved: Any = None
 
     # What a subclass provides.
@@ -108,11 +113,14 @@ class Layer:
 
     # What every layer has.
 
-    def build(self, input_shape: Shape, *, seed: int = 0, dtype: Any = np.float32) -> Shape:
+    def build(self, input_shape: Shape, *, seed: int = 0, precision: str = "float32",
+              dtype: Any = None) -> Shape:
         """Make the parameters, drawn from `seed`, and return the output shape.
 
         input_shape: of one sample, (h, w, c) for images.
-        dtype: float32, or float64 for gradient checks.
+        precision: "float32", "tf32", "mixed_float16", "mixed_bfloat16", or "float64" for gradient
+            checks; gpucnn/precision.py says what each stores in which type.
+        dtype: float32 or float64, another way to say that precision.
 
         The parameters lie in one flat array, `flat_data`, and their gradients in another,
         `flat_grad`: first those that weight decay applies to, then biases and norms, each at a
@@ -123,8 +131,14 @@ class Layer:
             raise TypeError(f"{self.where}: seed must be an int, got {seed!r}")
         if not 0 <= seed < 2**32:
             raise ValueError(f"{self.where}: seed must be from 0 to 2**32 - 1, got {seed}")
-        if np.dtype(dtype) not in (np.float32, np.float64):
-            raise TypeError(f"{self.where}: dtype must be float32 or float64, got {dtype}")
+        if dtype is not None:
+            if np.dtype(dtype) not in (np.float32, np.float64):
+                raise TypeError(f"{self.where}: dtype must be float32 or float64, got {dtype}")
+            if precision not in ("float32", np.dtype(dtype).name):
+                raise ValueError(f"{self.where}: dtype {dtype} is not that of precision "
+                                 f"{precision!r}; give one of them")
+            precision = np.dtype(dtype).name
+        chosen = make_precision(self.where, precision, self.backend.name)
         wanted = "input_shape must be ints >= 1 without the batch axis, such as (28, 28, 1)"
         if not isinstance(input_shape, Iterable):
             raise TypeError(f"{self.where}: {wanted}; got {input_shape!r}")
@@ -139,17 +153,25 @@ class Layer:
         self.decayed_size = sum(size for size, (p, _) in zip(sizes, order) if p.decay)
         flat = np.concatenate([np.empty(0), *(np.append(values, np.zeros(size - p.size))
                                               for size, (p, values) in zip(sizes, order))])
-        self.flat_data = self.backend.asarray(flat, dtype)
+        self.flat_data = self.backend.asarray(flat, chosen.parameters)
         self.flat_grad = self.backend.xp.zeros_like(self.flat_data)
+        self.flat_cast = self.flat_data.astype(chosen.activations) if chosen.mixed else None
         start = 0
         for size, (p, _) in zip(sizes, order):
             p.data = self.flat_data[start:start + p.size].reshape(p.shape)
             p.grad = self.flat_grad[start:start + p.size].reshape(p.shape)
+            p.cast = p.data if self.flat_cast is None else \
+                self.flat_cast[start:start + p.size].reshape(p.shape)
             start += size
         for number, layer in enumerate(self.walk()):
-            layer.dtype, layer.built = np.dtype(dtype), True
+            layer.precision, layer.built = chosen, True
             layer.make_state(_LAYER_KEYS ^ (seed << 16) ^ number)
         return self.output_shape
+
+    def cast_parameters(self) -> None:
+        """Write the 16-bit copy of the parameters anew; without mixed precision there is none."""
+        if self.flat_cast is not None:
+            self.flat_cast[...] = self.flat_data
 
     def declare_at(self, input_shape: Shape, path: str) -> Shape:
         """declare() under the name that the layer has inside its model."""
@@ -185,6 +207,11 @@ class Layer:
         """The arguments that make this layer again, its class included; JSON can hold them."""
         arguments = {name: getattr(self, name) for name in _argument_names(type(self))}
         return {"class": type(self).__name__, **{k: _plain(v) for k, v in arguments.items()}}
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of what the layer takes and gives."""
+        return self.precision.activations
 
     @property
     def where(self) -> str:

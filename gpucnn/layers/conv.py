@@ -69,8 +69,9 @@ class Conv2D(Layer):
         x = self.receive(x, 4)
         check_channels(self.where, x.shape, self.w.shape[2], self.groups)
         window = self._window(x.shape)
-        a = self.backend.conv2d(x, self.w.data, self.b.data if self.b else None, window,
-                                self.groups, self.activation, algorithm=self.algorithm)
+        a = self.backend.conv2d(x, self.w.cast, self.b.data if self.b else None, window,
+                                self.groups, self.activation, algorithm=self.algorithm,
+                                tf32=self.precision.tf32)
         self.save(training, x, a, window)
         return a
 
@@ -84,8 +85,8 @@ class Conv2D(Layer):
         x, a, window = self.take_saved()
         da = self.receive_gradient(dy, a.shape)
         return self.backend.conv2d_backward(
-            da, a, x, self.w.data, window, self.groups, self.activation, self.w.grad,
-            self.b.grad if self.b else None, input_gradient, self.algorithm)
+            da, a, x, self.w.cast, window, self.groups, self.activation, self.w.grad,
+            self.b.grad if self.b else None, input_gradient, self.algorithm, self.precision.tf32)
 
     def multiply_adds(self) -> int:
         return math.prod(self.output_shape[:2]) * self.w.size

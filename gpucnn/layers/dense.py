@@ -42,7 +42,8 @@ class Dense(Layer):
         if x.shape[1] != self.w.shape[0]:
             raise ValueError(f"{self.where}: input has {x.shape[1]} features, weights expect "
                              f"{self.w.shape[0]}")
-        a = self.backend.dense(x, self.w.data, self.b.data if self.b else None, self.activation)
+        a = self.backend.dense(x, self.w.cast, self.b.data if self.b else None, self.activation,
+                               self.precision.tf32)
         self.save(training, x, a)
         return a
 
@@ -55,8 +56,9 @@ class Dense(Layer):
     def _backward(self, dy: Array, input_gradient: bool) -> Array:
         x, a = self.take_saved()
         da = self.receive_gradient(dy, a.shape)
-        return self.backend.dense_backward(da, a, x, self.w.data, self.activation, self.w.grad,
-                                           self.b.grad if self.b else None, input_gradient)
+        return self.backend.dense_backward(
+            da, a, x, self.w.cast, self.activation, self.w.grad, self.b.grad if self.b else None,
+            input_gradient, self.precision.tf32)
 
     def multiply_adds(self) -> int:
         return self.w.size

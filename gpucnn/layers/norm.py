@@ -40,8 +40,8 @@ class BatchNorm(Layer):
 
     def make_state(self, key: int) -> None:
         xp = self.backend.xp
-        self.own_buffers = {"running_mean": xp.zeros(self.gamma.shape, self.dtype),
-                            "running_var": xp.ones(self.gamma.shape, self.dtype)}
+        self.own_buffers = {"running_mean": xp.zeros(self.gamma.shape, self.precision.parameters),
+                            "running_var": xp.ones(self.gamma.shape, self.precision.parameters)}
 
     def forward(self, x: Array, training: bool = False) -> Array:
         x = self.receive(x, len(self.input_shape) + 1)

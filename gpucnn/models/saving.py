@@ -41,7 +41,8 @@ def save_model(model: Layer, path: PathLike, **metadata: Any) -> None:
     # safetensors writes the memory as it lies, which for a transposed view is another array.
     arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
     description = {"format": FORMAT, "gpucnn": __version__, "input_shape": model.input_shape,
-                   "dtype": str(model.dtype), "model": model.config(), "metadata": metadata}
+                   "dtype": str(model.precision.parameters), "precision": model.precision.name,
+                   "model": model.config(), "metadata": metadata}
     try:
         text = json.dumps(description, indent=1)
         write_atomically(path, safetensors.numpy.save(arrays, {"format": str(FORMAT)}))
@@ -50,8 +51,11 @@ def save_model(model: Layer, path: PathLike, **metadata: Any) -> None:
         raise CheckpointError(f"cannot write {one_line(path)}: {e.strerror or e}") from e
 
 
-def load_model(path: PathLike) -> tuple[Layer, dict[str, Any]]:
+def load_model(path: PathLike, precision: str | None = None) -> tuple[Layer, dict[str, Any]]:
     """The saved model, built, on the backend in use now; and its metadata.
+
+    precision: None for the one it was saved with; on NumPy a model of mixed precision is then
+        built in float32, which its parameters are stored in.
 
     Raises FileNotFoundError, CheckpointError for damaged or unfitting weights, ModelFormatError
     for a description that cannot be turned into a model.
@@ -60,7 +64,8 @@ def load_model(path: PathLike) -> tuple[Layer, dict[str, Any]]:
     description = _read_description(path.with_suffix(".json"))
     try:
         model = from_config(description["model"])
-        model.build(tuple(description["input_shape"]), dtype=description["dtype"])
+        model.build(tuple(description["input_shape"]),
+                    precision=precision or _saved_precision(description, model))
     except (KeyError, TypeError, ValueError, OverflowError, MemoryError, RecursionError,
             ModelFormatError) as e:
         cause = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) else e
@@ -78,8 +83,9 @@ def load_weights(model: Layer, path: PathLike) -> None:
     path = _checked(path)
     saved = _read_arrays(path)
     parameters, buffers = model.parameters(), model.buffers()
-    wanted = {name: (p.shape, model.dtype) for name, p in parameters.items()}
-    wanted |= {name: (layer.own_buffers[key].shape, model.dtype)
+    stored = model.precision.parameters
+    wanted = {name: (p.shape, stored) for name, p in parameters.items()}
+    wanted |= {name: (layer.own_buffers[key].shape, stored)
                for name, (layer, key) in buffers.items()}
     problems = [f"missing {name}" for name in wanted if name not in saved]
     problems += [f"unexpected {name}" for name in saved if name not in wanted]
@@ -92,8 +98,15 @@ def load_weights(model: Layer, path: PathLike) -> None:
         raise CheckpointError(f"{one_line(path)} does not fit this model: {'; '.join(problems)}")
     for name, p in parameters.items():
         p.data[...] = model.backend.asarray(saved[name])
+    model.cast_parameters()
     for name, (layer, key) in buffers.items():
         layer.own_buffers[key][...] = model.backend.asarray(saved[name])
+
+
+def _saved_precision(description: dict[str, Any], model: Layer) -> str:
+    dtype = description["dtype"]  # all that models saved before there were precisions say
+    name = str(description.get("precision", dtype))
+    return dtype if name.startswith("mixed_") and model.backend.name == "numpy" else name
 
 
 def _checked(path: PathLike) -> Path:
