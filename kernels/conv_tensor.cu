@@ -1,15 +1,20 @@
-// The products of implicit_gemm.cuh on tensor cores; tensor_tile.cuh says how.
+// The products of implicit_gemm.cuh on tensor cores; tensor_tile.cuh says how, or where the launcher
+// defines WGMMA as 1, wgmma_tile.cuh.
 //
 //     A    TILE_M rows of TILE_K terms                terms are neighbours in memory
 //     B    forward: TILE_K rows of TILE_N results     results are neighbours, as in the filters
 //          gradient: TILE_N rows of TILE_K terms      terms are neighbours, as in the filters
 
+#if WGMMA
+#include "wgmma_tile.cuh"
+#else
 #include "tensor_tile.cuh"
+#endif
 #include "activation.cuh"
 #include "implicit_gemm.cuh"
 
-constexpr int A_BYTES = TILE_M * TERM_PITCH;
-constexpr int B_BYTES = TILE_K * column_pitch<TILE_N>;  // at least TILE_N * TERM_PITCH
+constexpr int A_BYTES = term_bytes<TILE_M>, B_BYTES = column_bytes<TILE_N>;
+static_assert(B_BYTES >= term_bytes<TILE_N>, "either layout of B fits");
 
 template <bool GRADIENT>
 static __device__ void multiply(const Product& p, const Share& own, int splits, unsigned memory,
@@ -19,7 +24,6 @@ static __device__ void multiply(const Product& p, const Share& own, int splits, 
     const int length = p.length();
     const int stages = (length + TILE_K - 1) / TILE_K, share = (stages + splits - 1) / splits;
     const int start = own.split * share, end = min(start + share, stages);
-    const int warp = threadIdx.x / 32;
 
     // This thread copies one piece of k of each of these rows of A ...
     constexpr int ROWS = THREADS / PIECES, A_COPIES = TILE_M / ROWS;
@@ -74,28 +78,16 @@ static __device__ void multiply(const Product& p, const Share& own, int splits, 
         ++fetched;
     };
 
-    const int warp_row = warp % WARPS_M * WARP_M, warp_column = warp / WARPS_M * WARP_N;
-    run_stages<A_BYTES + B_BYTES>(memory, start, end, fetch, [&](unsigned a_tile) {
-#pragma unroll
-        for (int step = 0; step < PIECES / 2; ++step) {
-            unsigned a[FRAGMENTS_M][4], b[FRAGMENTS_N / 2][4];
-#pragma unroll
-            for (int i = 0; i < FRAGMENTS_M; ++i) load_a_terms(a[i], a_tile, warp_row + i * 16, step);
-#pragma unroll
-            for (int j = 0; j < FRAGMENTS_N / 2; ++j) {
-                const int column = warp_column + j * 16;
-                if (GRADIENT) load_b_terms(b[j], a_tile + A_BYTES, column, step);
-                else load_b_columns<TILE_N>(b[j], a_tile + A_BYTES, column, step);
-            }
-            multiply_step(sums, a, b);
-        }
-    });
+    run_stages<A_BYTES + B_BYTES>(memory, start, end, fetch, [&](unsigned tile) {
+        multiply_tile<false, !GRADIENT>(sums, tile, tile + A_BYTES);
+    }, sums);
 }
 
 template <bool GRADIENT>
 static __device__ void convolve(const Product& p, const Share& own, int splits, const float* bias,
                                 const scalar_t* residual, scalar_t* y, float* partial) {
-    extern __shared__ __align__(128) unsigned char memory[];
+    extern __shared__ unsigned char raw[];
+    unsigned char* memory = raw + (-(int)shared_address(raw) & (ALIGNMENT - 1));
     const index_t rows = p.rows();
     if (own.first_row >= rows) return;
     float sums[FRAGMENTS_M][FRAGMENTS_N][4] = {};
@@ -106,8 +98,6 @@ static __device__ void convolve(const Product& p, const Share& own, int splits, 
     constexpr int PITCH = WARP_N + 8, ROW_PIECES = WARP_N / PIECE;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* corner = reinterpret_cast<float*>(memory) + warp * 16 * PITCH;
-    const index_t warp_row = own.first_row + warp % WARPS_M * WARP_M;
-    const int warp_result = own.first_result + warp / WARPS_M * WARP_N;
     if (partial) partial += own.split * ((index_t)p.images * p.y_height * p.y_width * p.y_channels);
 #pragma unroll
     for (int i = 0; i < FRAGMENTS_M; ++i) {
@@ -118,8 +108,8 @@ static __device__ void convolve(const Product& p, const Share& own, int splits, 
                 corner[(lane / 4 + e / 2 * 8) * PITCH + j * 8 + lane % 4 * 2 + e % 2] = sums[i][j][e];
         __syncwarp();
         for (int u = lane; u < 16 * ROW_PIECES; u += 32) {
-            index_t row = warp_row + i * 16 + u / ROW_PIECES;
-            int column = u % ROW_PIECES * PIECE, result = warp_result + column;
+            index_t row = own.first_row + fragment_row(i) + u / ROW_PIECES;
+            int column = u % ROW_PIECES * PIECE, result = own.first_result + first_column() + column;
             if (row >= rows || result >= p.results) continue;
             const float* sum = corner + u / ROW_PIECES * PITCH + column;
             int channel = own.group * p.results + result;
@@ -140,7 +130,7 @@ static __device__ void convolve(const Product& p, const Share& own, int splits, 
 }
 
 // As conv_forward in conv_gemm.cu.
-extern "C" __global__ void __launch_bounds__(THREADS, 2) conv_tensor_forward(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_EACH) conv_tensor_forward(
     const scalar_t* __restrict__ x, const scalar_t* __restrict__ filters,
     const accum_t* __restrict__ bias_or_null, const scalar_t* __restrict__ residual_or_null,
     scalar_t* __restrict__ y, accum_t* __restrict__ partial_or_null,
@@ -155,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) conv_tensor_forward(
 
 // As conv_input_gradient in conv_gemm.cu, except that a weight which is not finite makes NaN also at
 // those pixels near the border whose tap it is, but whose output does not exist.
-extern "C" __global__ void __launch_bounds__(THREADS, 2) conv_tensor_input_gradient(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_EACH) conv_tensor_input_gradient(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ filters,
     scalar_t* __restrict__ dx, accum_t* __restrict__ partial_or_null,
     int n, int h, int w, int c, int oh, int ow, int kh, int kw, int sh, int sw, int top, int left,

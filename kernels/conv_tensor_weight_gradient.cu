@@ -1,20 +1,26 @@
-// The weight gradient of conv_weight_gradient.cu on tensor cores; tensor_tile.cuh says how.
+// The weight gradient of conv_weight_gradient.cu on tensor cores; tensor_tile.cuh says how, or where
+// the launcher defines WGMMA as 1, wgmma_tile.cuh.
 //
 //     A    TILE_K rows, one a pixel, of TILE_M terms (ky, kx, ic)    terms are neighbours in memory
 //     B    TILE_K rows, one a pixel, of TILE_N outputs               outputs are neighbours
 
+#if WGMMA
+#include "wgmma_tile.cuh"
+#else
 #include "tensor_tile.cuh"
+#endif
 #include "implicit_gemm.cuh"
 
-constexpr int A_BYTES = TILE_K * column_pitch<TILE_M>, B_BYTES = TILE_K * column_pitch<TILE_N>;
+constexpr int A_BYTES = column_bytes<TILE_M>, B_BYTES = column_bytes<TILE_N>;
 
 // x (n, h, w, c), dz (n, oh, ow, c_out) -> slabs (splits, kh, kw, c / groups, c_out).
-extern "C" __global__ void __launch_bounds__(THREADS, 2) conv_tensor_weight_gradient(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_EACH) conv_tensor_weight_gradient(
     const scalar_t* __restrict__ x, const scalar_t* __restrict__ dz, accum_t* __restrict__ slabs,
     int n, int h, int w, int c, int oh, int ow, int kh, int kw, int sh, int sw, int top, int left,
     int dh, int dw, int c_out, int groups, int splits)
 {
-    extern __shared__ __align__(128) unsigned char memory[];
+    extern __shared__ unsigned char raw[];
+    unsigned char* memory = raw + (-(int)shared_address(raw) & (ALIGNMENT - 1));
     const int inputs = c / groups, outputs = c_out / groups, terms = kh * kw * inputs;
     int block = blockIdx.x;
     const int columns = (outputs + TILE_N - 1) / TILE_N, rows = (terms + TILE_M - 1) / TILE_M;
@@ -64,30 +70,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) conv_tensor_weight_grad
         b_pixel += TILE_K;
     };
 
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int warp_row = warp % WARPS_M * WARP_M, warp_column = warp / WARPS_M * WARP_N;
+    const int lane = threadIdx.x % 32;
     float sums[FRAGMENTS_M][FRAGMENTS_N][4] = {};
-    run_stages<A_BYTES + B_BYTES>(shared_address(memory), start, end, fetch, [&](unsigned a_tile) {
-#pragma unroll
-        for (int step = 0; step < PIECES / 2; ++step) {
-            unsigned a[FRAGMENTS_M][4], b[FRAGMENTS_N / 2][4];
-#pragma unroll
-            for (int i = 0; i < FRAGMENTS_M; ++i)
-                load_a_columns<TILE_M>(a[i], a_tile, warp_row + i * 16, step);
-#pragma unroll
-            for (int j = 0; j < FRAGMENTS_N / 2; ++j)
-                load_b_columns<TILE_N>(b[j], a_tile + A_BYTES, warp_column + j * 16, step);
-            multiply_step(sums, a, b);
-        }
-    });
+    run_stages<A_BYTES + B_BYTES>(shared_address(memory), start, end, fetch, [&](unsigned tile) {
+        multiply_tile<true, true>(sums, tile, tile + A_BYTES);
+    }, sums);
 #pragma unroll
     for (int i = 0; i < FRAGMENTS_M; ++i)
 #pragma unroll
         for (int j = 0; j < FRAGMENTS_N; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                int k = first_term + warp_row + i * 16 + lane / 4 + e / 2 * 8;
-                int o = first_output + warp_column + j * 8 + lane % 4 * 2 + e % 2;
+                int k = first_term + fragment_row(i) + lane / 4 + e / 2 * 8;
+                int o = first_output + first_column() + j * 8 + lane % 4 * 2 + e % 2;
                 if (k < terms && o < outputs)
                     slabs[((index_t)split * terms + k) * c_out + group * outputs + o] = sums[i][j][e];
             }

@@ -24,6 +24,7 @@ constexpr int FRAGMENTS_M = WARP_M / 16, FRAGMENTS_N = WARP_N / 8;
 // Where rows of columns are read word by word (tf32), a gap of 32 bytes keeps the 4 rows that a warp
 // reads at once in different banks.
 constexpr int TERM_PITCH = 16 * PIECES;  // bytes from a row to the next
+constexpr int ALIGNMENT = 128, BLOCKS_EACH = 2;  // on a multiprocessor
 
 static __device__ int term_offset(int row, int piece) {
     return row * TERM_PITCH + ((piece ^ (row >> 1 & 3)) << 4);
@@ -31,10 +32,19 @@ static __device__ int term_offset(int row, int piece) {
 
 template <int WIDTH> constexpr int column_pitch = WIDTH * (int)sizeof(scalar_t) + (TF32 ? 32 : 0);
 
+template <int WIDTH> constexpr int term_bytes = WIDTH * TERM_PITCH;
+template <int WIDTH> constexpr int column_bytes = TILE_K * column_pitch<WIDTH>;
+
 template <int WIDTH> static __device__ int column_offset(int row, int piece) {
     int moved = TF32 ? piece : piece ^ (WIDTH >= 64 ? row & 7 : row >> 1 & 3);
     return row * column_pitch<WIDTH> + (moved << 4);
 }
+
+// Where this warp's fragments of 16 x 8 sums lie in the tile.
+static __device__ int fragment_row(int i) {
+    return threadIdx.x / 32 % WARPS_M * WARP_M + i * 16;
+}
+static __device__ int first_column() { return threadIdx.x / 32 / WARPS_M * WARP_N; }
 
 // Fragments of A, 16 rows from `row`, and of B, 16 columns from `column`, for one step of k: 32
 // bytes of it, two pieces where terms are neighbours. `tile` is the tile's address in shared memory.
@@ -71,29 +81,46 @@ static __device__ void load_b_columns(unsigned (&b)[4], unsigned tile, int colum
                                                                 column / 8 + lane / 16));
 }
 
-// sums += A B for one step of k.
-static __device__ void multiply_step(float (&sums)[FRAGMENTS_M][FRAGMENTS_N][4],
-                                     unsigned (&a)[FRAGMENTS_M][4],
-                                     unsigned (&b)[FRAGMENTS_N / 2][4]) {
-    if (TF32) {
+// sums += A B for one tile. A_COLUMNS, B_COLUMNS: whether the factor lies in rows of neighbouring
+// columns, else of neighbouring terms.
+template <bool A_COLUMNS, bool B_COLUMNS>
+static __device__ void multiply_tile(float (&sums)[FRAGMENTS_M][FRAGMENTS_N][4], unsigned a_tile,
+                                     unsigned b_tile) {
 #pragma unroll
-        for (int e = 0; e < FRAGMENTS_M * 4; ++e) a[e / 4][e % 4] = round_to_tf32(a[e / 4][e % 4]);
+    for (int step = 0; step < PIECES / 2; ++step) {
+        unsigned a[FRAGMENTS_M][4], b[FRAGMENTS_N / 2][4];
 #pragma unroll
-        for (int e = 0; e < FRAGMENTS_N * 2; ++e) b[e / 4][e % 4] = round_to_tf32(b[e / 4][e % 4]);
+        for (int i = 0; i < FRAGMENTS_M; ++i) {
+            if (A_COLUMNS) load_a_columns<TILE_M>(a[i], a_tile, fragment_row(i), step);
+            else load_a_terms(a[i], a_tile, fragment_row(i), step);
+        }
+#pragma unroll
+        for (int j = 0; j < FRAGMENTS_N / 2; ++j) {
+            if (B_COLUMNS) load_b_columns<TILE_N>(b[j], b_tile, first_column() + j * 16, step);
+            else load_b_terms(b[j], b_tile, first_column() + j * 16, step);
+        }
+        if (TF32) {
+#pragma unroll
+            for (int e = 0; e < FRAGMENTS_M * 4; ++e)
+                a[e / 4][e % 4] = round_to_tf32(a[e / 4][e % 4]);
+#pragma unroll
+            for (int e = 0; e < FRAGMENTS_N * 2; ++e)
+                b[e / 4][e % 4] = round_to_tf32(b[e / 4][e % 4]);
+        }
+#pragma unroll
+        for (int i = 0; i < FRAGMENTS_M; ++i)
+#pragma unroll
+            for (int j = 0; j < FRAGMENTS_N; ++j)
+                multiply_fragments(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1],
+                                   (const scalar_t*)nullptr);
     }
-#pragma unroll
-    for (int i = 0; i < FRAGMENTS_M; ++i)
-#pragma unroll
-        for (int j = 0; j < FRAGMENTS_N; ++j)
-            multiply_fragments(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1],
-                               (const scalar_t*)nullptr);
 }
 
 // Runs the products over stages start to end - 1: fetch(address) starts the copies of the next stage
-// to there, multiply(address) adds the products of the one that lies there.
+// to there, multiply(address) adds to the sums the products of the one that lies there.
 template <int STAGE_BYTES, class Fetch, class Multiply>
 static __device__ void run_stages(unsigned memory, index_t start, index_t end, Fetch fetch,
-                                  Multiply multiply) {
+                                  Multiply multiply, float (&)[FRAGMENTS_M][FRAGMENTS_N][4]) {
 #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) {
         if (start + s < end) fetch(memory + s * STAGE_BYTES);
