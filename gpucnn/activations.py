@@ -5,31 +5,32 @@ the two ReLUs have none, it is that of the negative side, as in torch.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from gpucnn.backend import Array
-from gpucnn.numerics import zero_where
+from gpucnn.backend import Array, Backend
+from gpucnn.numerics import for_blocks, zero_where
 
 NAMES = ("relu", "leaky_relu", "sigmoid", "tanh")
 LEAKY_SLOPE = 0.01
 
 
-def check_name(where: str, name: str | None) -> None:
-    """Raise ValueError unless `name` is None or one of NAMES."""
-    if name is not None and name not in NAMES:
+def check_name(where: str, name: str | None, known: tuple[str, ...] = NAMES) -> None:
+    """Raise ValueError unless `name` is None or one of those known."""
+    if name is not None and name not in known:
         raise ValueError(f"{where}: activation {name!r} is not known; use None, "
-                         f"{', '.join(map(repr, NAMES))}")
+                         f"{', '.join(map(repr, known))}")
 
 
 def activate(xp: Any, name: str | None, z: Array, slope: float = LEAKY_SLOPE) -> Array:
     """A = g(Z), written over z, which is returned. NaN stays NaN.
 
-    slope: of the leaky ReLU where z <= 0.
+    slope: of the leaky ReLU where z <= 0; 0 < slope < 1.
     """
     if name == "relu":
         xp.maximum(z, 0, out=z)
     elif name == "leaky_relu":
-        xp.multiply(z, xp.where(z > 0, z.dtype.type(1), z.dtype.type(slope)), out=z)
+        xp.maximum(z, z * z.dtype.type(slope), out=z)
     elif name == "tanh":
         xp.tanh(z, out=z)
     elif name == "sigmoid":
@@ -40,15 +41,52 @@ def activate(xp: Any, name: str | None, z: Array, slope: float = LEAKY_SLOPE) ->
 
 
 def activation_backward(xp: Any, name: str | None, da: Array, a: Array,
-                        slope: float = LEAKY_SLOPE) -> Array:
-    """dZ = dA g'(Z), given A = g(Z). Shapes and dtypes as dA's; neither input is written."""
+                        slope: float = LEAKY_SLOPE, out: Array | None = None) -> Array:
+    """dZ = dA g'(Z), given A = g(Z). Shapes and dtypes as dA's; neither input is written.
+
+    out: where to write dZ, contiguous.
+    """
+    if out is not None and name != "relu":
+        out[...] = activation_backward(xp, name, da, a, slope)
+        return out
     if name == "relu":
-        return zero_where(a <= 0, da)  # which NaN is not
+        return zero_where(a <= 0, da, out)  # which NaN is not
     if name == "leaky_relu":
-        return da * xp.where(a > 0, da.dtype.type(1), da.dtype.type(slope))
+        positive = a > 0
+        return zero_where(~positive, da) + zero_where(positive, da * da.dtype.type(slope))
     if name in ("tanh", "sigmoid"):  # 1 - a^2, a - a^2
         slopes = a * a
         xp.subtract(1 if name == "tanh" else a, slopes, out=slopes)
         slopes *= da
         return slopes
     return da
+
+
+def add_and_activate(backend: Backend, name: str | None, terms: Sequence[Array],
+                     slope: float = LEAKY_SLOPE) -> Array:
+    """g(the sum of one or two arrays of one shape and dtype), in blocks on all threads."""
+    a = backend.empty(terms[0].shape, terms[0].dtype)
+
+    def add(a: Array, z: Array, *others: Array) -> None:
+        if others:
+            backend.xp.add(z, *others, out=a)
+        else:
+            a[...] = z
+        activate(backend.xp, name, a, slope)
+
+    for_blocks(backend, add, a, *terms)
+    return a
+
+
+def deactivate(backend: Backend, name: str | None, da: Array, a: Array,
+               slope: float = LEAKY_SLOPE) -> Array:
+    """activation_backward in blocks on all threads; da itself without an activation."""
+    if name is None:
+        return da
+    dz = backend.empty(da.shape, da.dtype)
+
+    def work(dz: Array, da: Array, a: Array) -> None:
+        activation_backward(backend.xp, name, da, a, slope, out=dz)
+
+    for_blocks(backend, work, dz, da, a)
+    return dz

@@ -1,7 +1,7 @@
 """Activations as layers of their own. Conv2D and Dense can hold them inside instead."""
 from __future__ import annotations
 
-from gpucnn.activations import LEAKY_SLOPE, activate, activation_backward
+from gpucnn.activations import LEAKY_SLOPE, add_and_activate, deactivate
 from gpucnn.backend import Array
 from gpucnn.layers.base import Layer
 from gpucnn.numerics import log_softmax
@@ -13,14 +13,14 @@ class _Pointwise(Layer):
     slope = LEAKY_SLOPE
 
     def forward(self, x: Array, training: bool = False) -> Array:
-        a = activate(self.backend.xp, self.kind, self.receive(x).copy(), self.slope)
+        a = add_and_activate(self.backend, self.kind, [self.receive(x)], self.slope)
         self.save(training, a)
         return a
 
     def backward(self, dy: Array) -> Array:
         (a,) = self.take_saved()
-        da = self.receive_gradient(dy, a.shape)
-        return activation_backward(self.backend.xp, self.kind, da, a, self.slope)
+        return deactivate(self.backend, self.kind, self.receive_gradient(dy, a.shape), a,
+                          self.slope)
 
 
 class ReLU(_Pointwise):
