@@ -301,6 +301,45 @@ def dense_backward(dy: Any, x: Any, w: Any) -> tuple[Array, Array, Array]:
             np.array([np.sum(dz[:, o]) for o in range(w.shape[1])]))
 
 
+def batch_norm(x: Any, gamma: Any, beta: Any, *, epsilon: float = 1e-5, residual: Any = None,
+               activation: str | None = None) -> tuple[Array, Array, Array]:
+    """(A, mean, var) of a batch x (..., c): z = gamma x_hat + beta + residual, A = g(z).
+
+    x_hat = (x - mean) / sqrt(var + epsilon), with the mean and the (biased) variance of each
+    channel over all the rest: Ioffe and Szegedy 2015, algorithm 1.
+    """
+    rows = _rows(x)
+    mean, var, z = np.zeros(rows.shape[1]), np.zeros(rows.shape[1]), np.zeros(rows.shape)
+    for c in range(rows.shape[1]):
+        mean[c] = np.sum(rows[:, c]) / len(rows)
+        var[c] = np.sum((rows[:, c] - mean[c]) ** 2) / len(rows)
+        for i in range(len(rows)):
+            z[i, c] = gamma[c] * (rows[i, c] - mean[c]) / math.sqrt(var[c] + epsilon) + beta[c]
+    z = z.reshape(np.shape(x)) + (0 if residual is None else _float64(residual))
+    return ACTIVATIONS[activation][0](z) if activation else z, mean, var
+
+
+def batch_norm_backward(dy: Any, x: Any, gamma: Any, *, epsilon: float = 1e-5
+                        ) -> tuple[Array, Array, Array]:
+    """(dx, dgamma, dbeta) of a batch_norm without activation, step by step as in the paper.
+
+    Ioffe and Szegedy 2015, section 3, by the chain rule: x acts through x_hat, mean and var.
+    """
+    rows, dz = _rows(x), _rows(dy)
+    m, channels = rows.shape
+    dx, dgamma, dbeta = np.zeros(rows.shape), np.zeros(channels), np.zeros(channels)
+    for c in range(channels):
+        centred = rows[:, c] - np.sum(rows[:, c]) / m
+        std = math.sqrt(np.sum(centred ** 2) / m + epsilon)
+        dgamma[c], dbeta[c] = np.sum(dz[:, c] * centred / std), np.sum(dz[:, c])
+        dx_hat = dz[:, c] * gamma[c]
+        dvar = np.sum(dx_hat * centred) * -0.5 / std ** 3
+        dmean = np.sum(-dx_hat / std) + dvar * np.sum(-2 * centred) / m
+        for i in range(m):
+            dx[i, c] = dx_hat[i] / std + dvar * 2 * centred[i] / m + dmean / m
+    return dx.reshape(np.shape(x)), dgamma, dbeta
+
+
 def softmax_cross_entropy(logits: Any, labels: Any, *,
                           label_smoothing: float = 0.0) -> tuple[float, Array]:
     """The mean over n images of -sum_k q_k log p_k, and its gradient (p - q) / n.
@@ -353,6 +392,11 @@ def col2im(cols: Any, x_shape: tuple[int, ...], size: IntOrPair, *, stride: IntO
         for place, iy, ix in _pixels_under(window, m, k, x_shape):
             x[i, iy, ix] += patch[place]
     return x
+
+
+def _rows(a: Any) -> Array:
+    """(..., c) -> (rows, c)."""
+    return _float64(a).reshape(-1, np.shape(a)[-1])
 
 
 def _float64(a: Any) -> Array:

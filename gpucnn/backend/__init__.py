@@ -132,6 +132,31 @@ class Backend(Protocol):
         An image that is not there, or a place past the end of the order, gives NaN and label -1.
         """
 
+    def batch_norm_statistics(self, x: Array, running_mean: Array, running_var: Array,
+                              momentum: float) -> tuple[Array, Array]:
+        """mean and var (c,) of x (..., c) over all other axes, of at least 2 values a channel.
+
+        The running ones are moved towards them, by the share momentum; they count var divided by
+        (values - 1), and what is returned by values.
+        """
+
+    def batch_norm(self, x: Array, mean: Array, var: Array, gamma: Array, beta: Array,
+                   epsilon: float, residual: Array | None, activation: str | None) -> Array:
+        """g(gamma (x - mean) / sqrt(var + epsilon) + beta + residual), of the shape of x.
+
+        x, residual (..., c), the others (c,); activation: None or "relu".
+        """
+
+    def batch_norm_backward(self, dy: Array, x: Array, y: Array | None, mean: Array, var: Array,
+                            gamma: Array, beta: Array, epsilon: float, activation: str | None,
+                            dgamma: Array, dbeta: Array, has_residual: bool
+                            ) -> tuple[Array, Array | None]:
+        """dx and dresidual (None without one) of batch_norm with the statistics of x itself.
+
+        y: what it gave, None without an activation. dgamma, dbeta (c,): written. dresidual is dy
+        itself where there is no activation.
+        """
+
 
 def get_backend() -> Backend:
     """The innermost use_backend() block's, else what GPUCNN_BACKEND says now (default auto)."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from gpucnn import convolution
 from gpucnn.augmentation import Augmentation
-from gpucnn.backend import ALGORITHMS, cuda_convolution
+from gpucnn.backend import ALGORITHMS, cuda_batch_norm, cuda_convolution
 from gpucnn.backend.cuda_convolution import (
     Problem,
     forward_plan,
@@ -155,6 +155,29 @@ class CupyBackend:
                       augmentation.crop, int(augmentation.padding == "reflect"),
                       int(augmentation.flip), augmentation.cutout, *words_of(key), vec=vec)
         return x, y
+
+    def batch_norm_statistics(self, x: Any, running_mean: Any, running_var: Any, momentum: float
+                              ) -> tuple[Any, Any]:
+        return cuda_batch_norm.statistics(x, running_mean, running_var, float(momentum),
+                                          _channels_at_once(x.shape[-1], (x,)))
+
+    def batch_norm(self, x: Any, mean: Any, var: Any, gamma: Any, beta: Any, epsilon: float,
+                   residual: Any, activation: str | None) -> Any:
+        arrays = (x,) if residual is None else (x, residual)
+        return cuda_batch_norm.forward(x, mean, var, gamma, beta, float(epsilon), residual,
+                                       activation == "relu", _channels_at_once(x.shape[-1], arrays))
+
+    def batch_norm_backward(self, dy: Any, x: Any, y: Any, mean: Any, var: Any, gamma: Any,
+                            beta: Any, epsilon: float, activation: str | None, dgamma: Any,
+                            dbeta: Any, has_residual: bool) -> tuple[Any, Any]:
+        relu = activation == "relu"
+        dz = cupy.empty(x.shape, x.dtype) if relu and has_residual else None
+        # Without a residual it takes fewer bytes to compute y again than to read it.
+        given = (dy, x) if dz is None else (dy, x, y)
+        dx = cuda_batch_norm.backward(dy, x, None if dz is None else y, mean, var, gamma, beta,
+                                      float(epsilon), relu, dgamma, dbeta, dz,
+                                      _channels_at_once(x.shape[-1], given))
+        return dx, (dz if relu else dy) if has_residual else None
 
 
 def _problem(x: Any, w: Any, window: Window, groups: int, tf32: bool) -> Problem:

@@ -15,7 +15,7 @@ from numpy.lib.stride_tricks import as_strided
 from gpucnn import convolution
 from gpucnn.activations import activate, activation_backward
 from gpucnn.augmentation import Augmentation
-from gpucnn.backend import batch_gather, narrow_convolution, parallel, row_convolution
+from gpucnn.backend import batch_gather, batch_norm, narrow_convolution, parallel, row_convolution
 from gpucnn.backend.recycling import Recycler
 from gpucnn.backend.row_convolution import pad
 from gpucnn.geometry import Window
@@ -214,6 +214,25 @@ class NumpyBackend:
                      key: int) -> tuple[np.ndarray, np.ndarray]:
         return batch_gather.gather_batch(self, images, labels, order, cursor, n, table,
                                          augmentation, key)
+
+    def batch_norm_statistics(self, x: np.ndarray, running_mean: np.ndarray,
+                              running_var: np.ndarray, momentum: float
+                              ) -> tuple[np.ndarray, np.ndarray]:
+        return batch_norm.statistics(self, x, running_mean, running_var, momentum)
+
+    def batch_norm(self, x: np.ndarray, mean: np.ndarray, var: np.ndarray, gamma: np.ndarray,
+                   beta: np.ndarray, epsilon: float, residual: np.ndarray | None,
+                   activation: str | None) -> np.ndarray:
+        return batch_norm.forward(self, x, mean, var, gamma, beta, epsilon, residual, activation)
+
+    def batch_norm_backward(self, dy: np.ndarray, x: np.ndarray, y: np.ndarray | None,
+                            mean: np.ndarray, var: np.ndarray, gamma: np.ndarray,
+                            beta: np.ndarray, epsilon: float, activation: str | None,
+                            dgamma: np.ndarray, dbeta: np.ndarray, has_residual: bool
+                            ) -> tuple[np.ndarray, np.ndarray | None]:
+        dx, dz = batch_norm.backward(self, dy, x, y, mean, var, gamma, epsilon, activation, dgamma,
+                                     dbeta)
+        return dx, dz if has_residual else None
 
     def _gather(self, x_shape: tuple[int, ...], window: Window, dy: np.ndarray,
                 reaching: Callable[[slice, int], np.ndarray]) -> np.ndarray:
