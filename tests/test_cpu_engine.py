@@ -91,7 +91,8 @@ def results_of_everything() -> bytes:
     results += [y, mask, ops.max_pool2d_backward(y, mask, x.shape, 3, stride=2, padding=1)]
     y = ops.avg_pool2d(x, 3, stride=2, padding=1)
     results += [y, ops.avg_pool2d_backward(y, x.shape, 3, stride=2, padding=1)]
-    normed = layers.Sequential([layers.Conv2D(8), layers.BatchNorm(), layers.ReLU(),
+    normed = layers.Sequential([layers.Conv2D(8), layers.BatchNorm(), layers.LeakyReLU(),
+                                layers.Residual(layers.BatchNorm(), activation="relu"),
                                 layers.GlobalAvgPool2D(), layers.Dense(10)])
     for model in (models.article(10), normed):
         model.build((12, 12, 8), seed=1)

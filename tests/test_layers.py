@@ -54,6 +54,7 @@ LAYERS = {
     "Dropout 0": (lambda: Dropout(0), (6,)),
     "BatchNorm images": (lambda: BatchNorm(), IMAGE),
     "BatchNorm rows": (lambda: BatchNorm(momentum=0.3, epsilon=1e-3), (6,)),
+    "BatchNorm relu": (lambda: BatchNorm(activation="relu"), IMAGE),
     "ReLU": (lambda: ReLU(), IMAGE),
     "LeakyReLU": (lambda: LeakyReLU(0.3), IMAGE),
     "Sigmoid": (lambda: Sigmoid(), IMAGE),
@@ -64,6 +65,10 @@ LAYERS = {
     "Residual": (lambda: Residual(Sequential([Conv2D(4, 3, padding="same"), Tanh()])), IMAGE),
     "Residual projected": (lambda: Residual(Conv2D(5, 3, stride=2, padding=1),
                                             Conv2D(5, 1, stride=2)), IMAGE),
+    "Residual relu": (lambda: Residual(Conv2D(4, 3, padding=1), activation="relu"), IMAGE),
+    "Residual fused": (lambda: Residual(Sequential([Conv2D(4, 1), BatchNorm()]),
+                                        activation="relu"), IMAGE),
+    "Residual of norms": (lambda: Residual(BatchNorm(), BatchNorm(activation="relu")), IMAGE),
     "Concat": (lambda: Concat([Conv2D(3, 1), Conv2D(2, 3, padding="same"), Tanh()]), IMAGE),
 }
 TABLE = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
@@ -290,6 +295,11 @@ def test_names_and_paths():
 def test_containers_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match="they are added and must be equal"):
         Residual(Conv2D(3)).build((5, 5, 3))
+    for last in (lambda: BatchNorm(), lambda: ReLU()):  # even images fit, odd ones do not
+        layer = Residual(Sequential([Conv2D(3, 2, stride=2), last()]), Conv2D(3, 1, stride=2))
+        layer.build((4, 4, 3))
+        with pytest.raises(ValueError, match="they must be equal"):
+            layer.forward(np.ones((2, 5, 5, 3), np.float32), training=True)
     with pytest.raises(ValueError, match="all but the last"):
         Concat([Conv2D(3, 1), Conv2D(3, 3)]).build((5, 5, 3))
     with pytest.raises(ValueError, match="at least one"):

@@ -126,10 +126,15 @@ def random_chain(rng, filters):
 
 def random_residual(rng):
     h, w, c = random_image(rng)
+    activation = rng.choice(SMOOTH)
     if rng.random() < 0.5:
-        return layers.Residual(random_chain(rng, c)), (h, w, c)
+        body = random_chain(rng, c)
+        if rng.random() < 0.5:
+            body = layers.Sequential([body, layers.BatchNorm(epsilon=0.1)])
+        return layers.Residual(body, activation=activation), (h, w, c)
     stride = tuple(int(s) for s in rng.integers(1, 3, 2))
-    return layers.Residual(*(random_conv(rng, 3, stride=stride) for _ in range(2))), (h, w, c)
+    return layers.Residual(*(random_conv(rng, 3, stride=stride) for _ in range(2)),
+                           activation=activation), (h, w, c)
 
 
 def random_concat(rng):
@@ -146,7 +151,8 @@ def random_network(rng):
 # kind: (a random layer and the shape of a sample of its input, how many cases)
 OTHERS = {
     "dense": (random_dense, 150),
-    "batch_norm": (lambda rng: (layers.BatchNorm(epsilon=float(rng.choice([1e-5, 1e-3, 0.1]))),
+    "batch_norm": (lambda rng: (layers.BatchNorm(epsilon=float(rng.choice([1e-5, 1e-3, 0.1])),
+                                                 activation=rng.choice([None, "relu"])),
                                 random_sample(rng)), 150),
     "activation": (random_activation, 200),
     "softmax": (lambda rng: (layers.Softmax(), random_sample(rng)), 100),

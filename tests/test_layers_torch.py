@@ -131,6 +131,8 @@ TABLE = {
        for g in ACTIVATIONS if g},
     "BatchNorm": Row(BatchNorm, IMAGE, batch_norm(), (3, 1)),
     "BatchNorm of rows": Row(lambda: BatchNorm(epsilon=0.1), (7,), batch_norm(epsilon=0.1), (5, 2)),
+    "BatchNorm relu": Row(lambda: BatchNorm(activation="relu"), IMAGE,
+                          chain(batch_norm(), lambda x, p: F.relu(x)), (3, 1)),
     "ReLU": Row(ReLU, IMAGE, lambda x, p: F.relu(x)),
     "LeakyReLU": Row(LeakyReLU, IMAGE, lambda x, p: F.leaky_relu(x)),
     "LeakyReLU 0.2": Row(lambda: LeakyReLU(0.2), (5,), lambda x, p: F.leaky_relu(x, 0.2)),
@@ -151,6 +153,10 @@ TABLE = {
                          Conv2D(3, 1, stride=2)), IMAGE,
         lambda x, p: (torch.tanh(conv(pad=(1, 1, 1, 1), at="body/conv1/", stride=2)(x, p))
                       + conv(at="shortcut/", stride=2)(x, p))),
+    "Residual fused": Row(
+        lambda: Residual(Sequential([Conv2D(4, 1), BatchNorm()]), activation="relu"), IMAGE,
+        lambda x, p: F.relu(chain(conv(at="body/conv1/"), batch_norm("body/norm1/"))(x, p) + x),
+        (3, 1)),
     "Concat": Row(
         lambda: Concat([Conv2D(3, 1), MaxPool2D(3, stride=1, padding=1),
                         Sequential([Conv2D(2, 3, padding="same", activation="relu", name="in"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -103,6 +104,32 @@ def test_numpy_numbers_as_arguments_are_saved(tmp_path):
     save_model(model, tmp_path / "m.safetensors")
     again, _ = load_model(tmp_path / "m.safetensors")
     assert again.config() == model.config()
+
+
+def test_a_residual_network_from_before_its_layers_had_activations(tmp_path, rng):
+    """It loads as it was, and its weights fit the network whose ReLUs are fused."""
+    def network(norm_and_relu, relu, **activation):
+        body = Sequential([Conv2D(3, padding=1), *norm_and_relu(), Conv2D(3, padding=1),
+                           BatchNorm()])
+        return Sequential([Conv2D(3, 1), *norm_and_relu(), Residual(body, **activation), *relu])
+
+    old = network(lambda: [BatchNorm(), ReLU()], [ReLU()])
+    new = network(lambda: [BatchNorm(activation="relu")], [], activation="relu")
+    for seed, model in enumerate((old, new)):
+        model.build((5, 4, 3), seed=seed)
+    x = rng.standard_normal((4, 5, 4, 3)).astype(np.float32)
+    old.forward(x, training=True)
+    path = tmp_path / "m.safetensors"
+    save_model(old, path)
+    text = path.with_suffix(".json").read_text()
+    described = re.sub(r'\n *"activation": null,', "", text)
+    assert (text.count("activation"), described.count("activation")) == (7, 0)
+    path.with_suffix(".json").write_text(described)
+    again, _ = load_model(path)
+    assert again.config() == old.config()
+    np.testing.assert_array_equal(again.forward(x), old.forward(x))
+    load_weights(new, path)
+    np.testing.assert_allclose(new.forward(x), old.forward(x), rtol=1e-5, atol=1e-6)
 
 
 def header(data):

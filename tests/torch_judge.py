@@ -110,8 +110,9 @@ def _dense_layer(part, x, p, at):
 
 
 def _batch_norm_layer(part, x, p, at):
-    return F.batch_norm(x.movedim(-1, 1), None, None, p[at + "gamma"], p[at + "beta"],
-                        training=True, eps=part.epsilon).movedim(1, -1)
+    z = F.batch_norm(x.movedim(-1, 1), None, None, p[at + "gamma"], p[at + "beta"],
+                     training=True, eps=part.epsilon).movedim(1, -1)
+    return ACTIVATIONS[part.activation](z)
 
 
 def _dropout_layer(part, x, p, at):
@@ -129,7 +130,7 @@ def _sequential(part, x, p, at):
 
 def _residual(part, x, p, at):
     shortcut = layer(part.shortcut, x, p, at + "shortcut/") if part.shortcut else x
-    return layer(part.body, x, p, at + "body/") + shortcut
+    return ACTIVATIONS[part.activation](layer(part.body, x, p, at + "body/") + shortcut)
 
 
 def _concat(part, x, p, at):

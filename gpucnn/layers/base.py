@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gpucnn import rng
+from gpucnn.activations import add_and_activate, deactivate
 from gpucnn.backend import Array, get_backend
 from gpucnn.geometry import is_int
 from gpucnn.ops import as_array
@@ -99,6 +100,21 @@ class Layer:
     def backward_parameters(self, dy: Array) -> None:
         """backward() where nobody asks for dL/dx, as in the first layer of a network."""
         self.backward(dy)
+
+    def forward_added(self, x: Array, residual: Array, activation: str | None,
+                      training: bool = False) -> Array:
+        """A = g(forward(x) + residual): for a layer that can do it all in one pass to do so.
+
+        residual: of the output's shape; activation: as in Conv2D.
+        """
+        y = self.forward(x, training)
+        self.check_residual(y.shape, residual)
+        return add_and_activate(self.backend, activation, [y, residual])
+
+    def backward_added(self, da: Array, a: Array, activation: str | None) -> tuple[Array, Array]:
+        """dL/dx and dL/dresidual, given dL/dA and what forward_added() returned."""
+        dz = deactivate(self.backend, activation, da, a)
+        return self.backward(dz), dz
 
     def make_state(self, key: int) -> None:
         """Make what the layer keeps beside its parameters. key: for random numbers of its own."""
@@ -258,6 +274,12 @@ class Layer:
             raise ValueError(f"{self.where}: the gradient has shape {dy.shape}, the output of the "
                              f"last forward pass had {shape}")
         return self._cast("the gradient", dy)
+
+    def check_residual(self, shape: Shape, residual: Array) -> None:
+        """Raise ValueError unless the residual has the output's shape."""
+        if residual.shape != shape:
+            raise ValueError(f"{self.where}: the output has shape {shape}, what is added to it "
+                             f"{residual.shape}; they must be equal")
 
     def summary(self, input_shape: Shape) -> None:
         """Print a table: each layer's output shape, parameters and multiply-adds.

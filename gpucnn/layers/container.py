@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from gpucnn import activations
 from gpucnn.backend import Array
 from gpucnn.layers.base import Layer, Shape
 
@@ -34,10 +35,26 @@ class Sequential(Layer):
             x = layer.forward(x, training)
         return x
 
+    def forward_added(self, x: Array, residual: Array, activation: str | None,
+                      training: bool = False) -> Array:
+        if not self.layers:
+            return super().forward_added(x, residual, activation, training)
+        for layer in self.layers[:-1]:
+            x = layer.forward(x, training)
+        return self.layers[-1].forward_added(x, residual, activation, training)
+
     def backward(self, dy: Array) -> Array:
         for layer in reversed(self.layers):
             dy = layer.backward(dy)
         return dy
+
+    def backward_added(self, da: Array, a: Array, activation: str | None) -> tuple[Array, Array]:
+        if not self.layers:
+            return super().backward_added(da, a, activation)
+        dx, dresidual = self.layers[-1].backward_added(da, a, activation)
+        for layer in reversed(self.layers[:-1]):
+            dx = layer.backward(dx)
+        return dx, dresidual
 
     def backward_parameters(self, dy: Array) -> None:
         for layer in reversed(self.layers[1:]):
@@ -47,19 +64,23 @@ class Sequential(Layer):
 
 
 class Residual(Layer):
-    """y = body(x) + shortcut(x) (He et al. 2016).
+    """A = g(body(x) + shortcut(x)) (He et al. 2016).
 
     shortcut: None for x itself, which needs a body that keeps the shape.
+    activation: g, as in Conv2D. A body that ends in a BatchNorm adds and applies it on the way.
     """
 
     kind = "residual"
 
-    def __init__(self, body: Layer, shortcut: Layer | None = None, **options):
+    def __init__(self, body: Layer, shortcut: Layer | None = None, *,
+                 activation: str | None = None, **options):
         super().__init__(**options)
         for part in (body, *([] if shortcut is None else [shortcut])):
             _check_layer(self, part)
+        activations.check_name(self.where, activation)
         self.body = body
         self.shortcut = shortcut
+        self.activation = activation
 
     def children(self) -> dict[str, Layer]:
         return {"body": self.body} | ({"shortcut": self.shortcut} if self.shortcut else {})
@@ -74,13 +95,18 @@ class Residual(Layer):
         return other
 
     def forward(self, x: Array, training: bool = False) -> Array:
-        y = self.body.forward(x, training)
-        return y + (self.shortcut.forward(x, training) if self.shortcut else self.receive(x))
+        shortcut = self.shortcut.forward(x, training) if self.shortcut else self.receive(x)
+        a = self.body.forward_added(x, shortcut, self.activation, training)
+        self.save(training, a)
+        return a
 
     def backward(self, dy: Array) -> Array:
-        dx = self.body.backward(dy)
-        return dx + (self.shortcut.backward(dy) if self.shortcut
-                     else self.receive_gradient(dy, dx.shape))
+        (a,) = self.take_saved()
+        da = self.receive_gradient(dy, a.shape)
+        dx, dshortcut = self.body.backward_added(da, a, self.activation)
+        if self.shortcut:
+            dshortcut = self.shortcut.backward(dshortcut)
+        return activations.add_and_activate(self.backend, None, [dx, dshortcut])
 
 
 class Concat(Layer):

@@ -3,16 +3,20 @@ from __future__ import annotations
 
 import math
 
+from gpucnn import activations
 from gpucnn.backend import Array
 from gpucnn.layers.base import Layer, Parameter, Shape, constant
 
+_ACTIVATIONS = ("relu",)
+
 
 class BatchNorm(Layer):
-    """gamma (x - mean) / sqrt(var + epsilon) + beta for each channel, the last axis.
+    """Z = gamma (x - mean) / sqrt(var + epsilon) + beta for each channel, the last axis; A = g(Z).
 
     Ioffe and Szegedy 2015. In training, mean and var are those of the batch, over all other axes;
     the running ones follow them and are used otherwise.
 
+    activation: None or "relu", in the same pass; another one is a layer of its own.
     momentum: the share of the newest batch in the running statistics. The running variance is
         unbiased (divided by count - 1), as in torch.
 
@@ -23,12 +27,15 @@ class BatchNorm(Layer):
     gamma: Parameter
     beta: Parameter
 
-    def __init__(self, *, momentum: float = 0.1, epsilon: float = 1e-5, **options):
+    def __init__(self, *, activation: str | None = None, momentum: float = 0.1,
+                 epsilon: float = 1e-5, **options):
         super().__init__(**options)
+        activations.check_name(self.where, activation, _ACTIVATIONS)
         if not 0 < momentum <= 1:
             raise ValueError(f"{self.where}: momentum must be > 0 and <= 1, got {momentum}")
         if not 0 < epsilon < math.inf:
             raise ValueError(f"{self.where}: epsilon must be > 0 and finite, got {epsilon}")
+        self.activation = activation
         self.momentum = momentum
         self.epsilon = epsilon
 
@@ -44,46 +51,50 @@ class BatchNorm(Layer):
                             "running_var": xp.ones(self.gamma.shape, self.precision.parameters)}
 
     def forward(self, x: Array, training: bool = False) -> Array:
-        x = self.receive(x, len(self.input_shape) + 1)
-        if x.shape[-1:] != self.gamma.shape:
-            raise ValueError(f"{self.where}: input has {x.shape[-1]} channels (last axis of "
-                             f"{x.shape}), weights expect {self.gamma.size}")
-        xp = self.backend.xp
-        rows = x.reshape(-1, x.shape[-1])
-        if training and len(rows):  # an empty batch has no statistics
-            # A float: with NumPy 1.26 float32 / an int beyond 65535 is float64.
-            count = float(len(rows))
-            if count < 2:
-                raise ValueError(f"{self.where}: needs more than 1 value per channel in training, "
-                                 f"got input {x.shape}")
-            mean = self.backend.sum_rows(rows) / count
-            centred = rows - mean
-            var = self.backend.sum_rows(centred * centred) / count
-            self._follow("running_mean", mean)
-            self._follow("running_var", var * (count / (count - 1)))
-        else:
-            centred = rows - self.own_buffers["running_mean"]
-            var = self.own_buffers["running_var"]
-        inverse_std = 1 / xp.sqrt(var + self.epsilon)
-        x_hat = centred * inverse_std
-        self.save(training, x_hat, inverse_std, x.shape)
-        return (x_hat * self.gamma.data + self.beta.data).reshape(x.shape)
+        return self._forward(x, None, self.activation, training)
+
+    def forward_added(self, x: Array, residual: Array, activation: str | None,
+                      training: bool = False) -> Array:
+        if not self._can_add(activation):
+            return super().forward_added(x, residual, activation, training)
+        self.check_residual(x.shape, residual)
+        return self._forward(x, residual, activation, training)
 
     def backward(self, dy: Array) -> Array:
-        x_hat, inverse_std, shape = self.take_saved()
-        dy = self.receive_gradient(dy, shape).reshape(x_hat.shape)
-        count = float(max(1, len(dy)))
-        dbeta, dgamma = self.backend.sum_rows(dy), self.backend.sum_rows(dy * x_hat)
-        self.beta.grad[...] = dbeta
-        self.gamma.grad[...] = dgamma
-        # mean and var depend on x as well, which takes the mean of dy and its part along x_hat out.
-        dx = (dy - dbeta / count - x_hat * (dgamma / count)) * (self.gamma.data * inverse_std)
-        return dx.reshape(shape)
+        return self._backward(dy, self.activation, has_residual=False)[0]
+
+    def backward_added(self, da: Array, a: Array, activation: str | None) -> tuple[Array, Array]:
+        if not self._can_add(activation):
+            return super().backward_added(da, a, activation)
+        return self._backward(da, activation, has_residual=True)
+
+    def _can_add(self, activation: str | None) -> bool:
+        """Whether there is no activation before the addition, and a known one after it."""
+        return self.activation is None and activation in (None, *_ACTIVATIONS)
 
     def multiply_adds(self) -> int:
         return math.prod(self.output_shape)
 
-    def _follow(self, name: str, newest: Array) -> None:
-        running = self.own_buffers[name]
-        running *= 1 - self.momentum
-        running += self.momentum * newest
+    def _forward(self, x: Array, residual: Array | None, activation: str | None,
+                 training: bool) -> Array:
+        x = self.receive(x, len(self.input_shape) + 1)
+        if x.shape[-1:] != self.gamma.shape:
+            raise ValueError(f"{self.where}: input has {x.shape[-1]} channels (last axis of "
+                             f"{x.shape}), weights expect {self.gamma.size}")
+        mean, var = self.own_buffers["running_mean"], self.own_buffers["running_var"]
+        if training and len(x):  # an empty batch has no statistics
+            if x.size < 2 * self.gamma.size:
+                raise ValueError(f"{self.where}: needs more than 1 value per channel in training, "
+                                 f"got input {x.shape}")
+            mean, var = self.backend.batch_norm_statistics(x, mean, var, self.momentum)
+        a = self.backend.batch_norm(x, mean, var, self.gamma.data, self.beta.data, self.epsilon,
+                                    residual, activation)
+        self.save(training, x, a if activation else None, mean, var)
+        return a
+
+    def _backward(self, da: Array, activation: str | None, has_residual: bool
+                  ) -> tuple[Array, Array]:
+        x, a, mean, var = self.take_saved()
+        return self.backend.batch_norm_backward(
+            self.receive_gradient(da, x.shape), x, a, mean, var, self.gamma.data, self.beta.data,
+            self.epsilon, activation, self.gamma.grad, self.beta.grad, has_residual)

@@ -49,6 +49,7 @@ def apply(layer: dict[str, Any], p: Any, stats: Any, x: Any, key: Any) -> tuple[
             new.append(s)
         if kind == "Residual":
             y = outputs[0] + (outputs[1] if len(outputs) == 2 else x)
+            y = ACTIVATIONS[a["activation"]](y)
         return y, new
     if kind == "BatchNorm":
         return batch_norm(a, p, stats, x, key is not None)
@@ -63,7 +64,8 @@ def batch_norm(a: dict[str, Any], p: Any, stats: Any, x: Any, training: bool) ->
         mean, var = x.mean(axes), x.var(axes)
         stats = {"mean": (1 - m) * stats["mean"] + m * mean,
                  "var": (1 - m) * stats["var"] + m * var * count / (count - 1)}
-    return (x - mean) * (lax.rsqrt(var + a["epsilon"]) * p["gamma"]) + p["beta"], stats
+    z = (x - mean) * (lax.rsqrt(var + a["epsilon"]) * p["gamma"]) + p["beta"]
+    return ACTIVATIONS[a["activation"]](z), stats
 
 
 def conv(a: dict[str, Any], p: Any, x: Any, key: Any) -> Any:

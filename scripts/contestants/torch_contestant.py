@@ -48,10 +48,9 @@ def make_module(layer: dict[str, Any]) -> nn.Module:
     children = [make_module(child) for child in layer["children"]]
     if layer["class"] == "Sequential":
         return nn.Sequential(*children)
-    if layer["class"] == "Residual":
-        return Residual(*children)
     arguments = layer["arguments"]
-    module = MODULES[layer["class"]](layer["input_shape"][-1], arguments)
+    module = (Residual(*children) if layer["class"] == "Residual"
+              else MODULES[layer["class"]](layer["input_shape"][-1], arguments))
     activation = arguments.get("activation")
     return nn.Sequential(module, ACTIVATIONS[activation]()) if activation else module
 

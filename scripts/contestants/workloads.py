@@ -13,8 +13,10 @@ SPLIT = ("Conv2D", "MaxPool2D", "AvgPool2D")
 def describe(layer: Layer) -> dict[str, Any]:
     """A declared layer as peers build it: class, arguments, shapes, and the layers inside."""
     arguments = {k: v for k, v in layer.config().items() if k not in ("class", "name")}
-    return {"class": type(layer).__name__, "arguments": {} if layer.children() else arguments,
-            "input_shape": layer.input_shape, "output_shape": layer.output_shape,
+    if layer.children():
+        arguments = {"activation": arguments.get("activation")}
+    return {"class": type(layer).__name__, "arguments": arguments, "input_shape": layer.input_shape,
+            "output_shape": layer.output_shape,
             "children": [describe(child) for child in layer.children().values()]}
 
 
