@@ -12,6 +12,7 @@ from gpucnn.backend import Array, Backend
 from gpucnn.numerics import for_blocks, zero_where
 
 NAMES = ("relu", "leaky_relu", "sigmoid", "tanh")
+FUSED_WITH_NORM = ("relu",)
 LEAKY_SLOPE = 0.01
 
 

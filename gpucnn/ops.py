@@ -147,6 +147,58 @@ def avg_pool2d_backward(dy: Array, x_shape: tuple[int, ...], size: IntOrPair, *,
     return _as(dtype, backend.avg_pool_backward(dy, tuple(x_shape), window))
 
 
+def batch_norm_statistics(x: Array) -> tuple[Array, Array]:
+    """The mean and the variance (c,) of x (..., c) over all other axes, of 2 values at least.
+
+    The variance is that of the values themselves, divided by their number: for batch_norm.
+    """
+    where = "batch_norm_statistics"
+    backend, dtype, (x,) = _receive(where, x=x)
+    c = x.shape[-1] if x.ndim else 0
+    if x.size < 2 * c or not c:
+        raise ValueError(f"{where}: needs more than 1 value per channel (last axis), got {x.shape}")
+    unused = backend.xp.zeros((2, c), x.dtype)
+    mean, var = backend.batch_norm_statistics(x, unused[0], unused[1], 1.0)
+    return _as(dtype, mean), _as(dtype, var)
+
+
+def batch_norm(x: Array, mean: Array, var: Array, gamma: Array, beta: Array, *,
+               epsilon: float = 1e-5, residual: Array | None = None,
+               activation: str | None = None) -> Array:
+    """g(gamma (x - mean) / sqrt(var + epsilon) + beta + residual) (Ioffe and Szegedy 2015).
+
+    x and residual (..., c), the others (c,). mean and var: batch_norm_statistics(x) in training,
+    their running averages otherwise. activation: None or "relu".
+    """
+    where = "batch_norm"
+    activations.check_name(where, activation, activations.FUSED_WITH_NORM)
+    backend, dtype, (x, mean, var, gamma, beta, residual) = _receive(
+        where, x=x, mean=mean, var=var, gamma=gamma, beta=beta, residual=residual)
+    _check_channels(where, x, mean=mean, var=var, gamma=gamma, beta=beta)
+    if residual is not None:
+        _check_shape(where, "residual", residual, x.shape)
+    return _as(dtype, backend.batch_norm(x, mean, var, gamma, beta, epsilon, residual, activation))
+
+
+def batch_norm_backward(dy: Array, x: Array, mean: Array, var: Array, gamma: Array, *,
+                        epsilon: float = 1e-5) -> tuple[Array, Array, Array]:
+    """The gradients of a batch_norm with the statistics of x itself: (dx, dgamma, dbeta).
+
+    dy (..., c) as x; with an activation it must be dZ = dA g'(Z), which is the residual's gradient
+    as well.
+    """
+    where = "batch_norm_backward"
+    backend, dtype, (dy, x, mean, var, gamma) = _receive(where, dy=dy, x=x, mean=mean, var=var,
+                                                         gamma=gamma)
+    _check_channels(where, x, mean=mean, var=var, gamma=gamma)
+    _check_shape(where, "dy", dy, x.shape)
+    dgamma, dbeta = (backend.empty(gamma.shape, gamma.dtype) for _ in range(2))
+    beta = gamma  # which takes no part without an activation
+    dx, _ = backend.batch_norm_backward(dy, x, None, mean, var, gamma, beta, epsilon, None, dgamma,
+                                        dbeta, False)
+    return _as(dtype, dx), _as(dtype, dgamma), _as(dtype, dbeta)
+
+
 def softmax_cross_entropy(logits: Array, labels: Array, *, label_smoothing: float = 0.0
                           ) -> tuple[Array, Array]:
     """The mean of -sum_k q_k log softmax(logits)_k over the batch, and its gradient.
@@ -304,6 +356,14 @@ def check_channels(where: str, x_shape: tuple[int, ...], channels: int, groups: 
             if x_shape[1] == channels * groups else "; the layout is NHWC")
     raise ValueError(f"{where}: input has {x_shape[3]} channels (last axis of {tuple(x_shape)}), "
                      f"weights expect {channels * groups}{nchw}")
+
+
+def _check_channels(where: str, x: Array, **vectors: Array) -> None:
+    """Raise ValueError unless each has a number for each channel of x, of which there is one."""
+    if x.ndim < 1 or not x.shape[-1]:
+        raise ValueError(f"{where}: x must be (..., c) with at least 1 channel, got {x.shape}")
+    for name, vector in vectors.items():
+        _check_shape(where, name, vector, x.shape[-1:])
 
 
 def _check_shape(where: str, name: str, array: Array, shape: tuple[int, ...]) -> None:

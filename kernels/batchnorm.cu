@@ -204,13 +204,14 @@ struct Gradients {
     }
 };
 
-// partial: each band's part of dbeta = sum dz and of dgamma = sum dz x_hat.
+// partial: each band's part of dbeta = sum dz and of dgamma = sum dz x_hat. dz is the gradient of
+// the residual as well; where it is written, the next kernel reads it, and neither dy nor y.
 extern "C" __global__ void batch_norm_sums(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x,
     const scalar_t* __restrict__ y_or_null,
     const accum_t* __restrict__ mean, const accum_t* __restrict__ var,
     const accum_t* __restrict__ gamma, const accum_t* __restrict__ beta,
-    accum_t* __restrict__ partial,
+    accum_t* __restrict__ partial, scalar_t* __restrict__ dz_or_null,
     index_t rows, int c, index_t band, int width, accum_t epsilon, int relu)
 {
     const int cv = c / VEC;
@@ -223,6 +224,7 @@ extern "C" __global__ void batch_norm_sums(
             index_t i = row * cv + t.column;
             Scalars s = load(x, i);
             Sums dz = load_dz(dy, y_or_null, i, norm, s, relu);
+            if (dz_or_null) store(dz_or_null, i, dz);
             for (int v = 0; v < VEC; ++v) {
                 mine.dbeta.at[v] += dz.at[v];
                 mine.dgamma.at[v] += dz.at[v] * norm.x_hat(v, s.at[v]);
@@ -260,14 +262,13 @@ extern "C" __global__ void batch_norm_merge_sums(
 }
 
 // dx = gamma / sqrt(var + epsilon) (dz - dbeta / rows - x_hat dgamma / rows), for mean and var depend
-// on x as well, which takes the mean of dz and its part along x_hat out. dz is the residual's gradient.
+// on x as well, which takes the mean of dz and its part along x_hat out.
 extern "C" __global__ void batch_norm_backward(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x,
-    const scalar_t* __restrict__ y_or_null,
     const accum_t* __restrict__ mean, const accum_t* __restrict__ var,
     const accum_t* __restrict__ gamma, const accum_t* __restrict__ beta,
     const accum_t* __restrict__ dgamma, const accum_t* __restrict__ dbeta,
-    scalar_t* __restrict__ dx, scalar_t* __restrict__ dz_or_null,
+    scalar_t* __restrict__ dx,
     index_t rows, int c, index_t band, int width, accum_t epsilon, int relu)
 {
     const int cv = c / VEC;
@@ -282,8 +283,7 @@ extern "C" __global__ void batch_norm_backward(
     for (index_t row = t.row; row < t.end; row += t.step) {
         index_t i = row * cv + t.column;
         Scalars s = load(x, i);
-        Sums dz = load_dz(dy, y_or_null, i, norm, s, relu);
-        if (dz_or_null) store(dz_or_null, i, dz);
+        Sums dz = load_dz(dy, nullptr, i, norm, s, relu);
         for (int v = 0; v < VEC; ++v)
             dz.at[v] = norm.gamma.at[v] * norm.inverse_std.at[v]
                        * (dz.at[v] - means.dbeta.at[v]

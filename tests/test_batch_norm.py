@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gpucnn import layers, reference
+from gpucnn import layers, ops, reference
 from gpucnn.backend import cuda_kernel
 from gpucnn.backend.cuda_kernel import Variant, kernel_dir, read_source
 from gpucnn.errors import KernelError
@@ -266,6 +266,65 @@ def test_what_is_not_finite_stays_in_its_channel(backend, rng):
         np.testing.assert_array_equal(np.flatnonzero(bad), [1, 6])
 
 
+def run_ops(case: Case, backend, view=lambda a: a) -> Arrays:
+    """The case by gpucnn.ops, on views of its arrays."""
+    a = {k: view(backend.asarray(np.ascontiguousarray(view(v)))) for k, v in case.arrays.items()}
+    mean, var = ops.batch_norm_statistics(a["x"])
+    y = ops.batch_norm(a["x"], mean, var, a["gamma"], a["beta"], epsilon=EPSILON,
+                       residual=a.get("residual"), activation=case.activation)
+    dz = a["dy"]
+    if case.activation:
+        dz = backend.xp.where(y > 0, dz, backend.xp.zeros_like(dz))
+    dx, dgamma, dbeta = ops.batch_norm_backward(dz, a["x"], mean, var, a["gamma"], epsilon=EPSILON)
+    results = {"y": y, "mean": mean, "var": var, "dx": dx, "dgamma": dgamma, "dbeta": dbeta}
+    return {name: np.asarray(backend.to_numpy(r)) for name, r in results.items()}
+
+
+@pytest.mark.parametrize("view", [lambda a: a, lambda a: a[::-1], lambda a: a.T],
+                         ids=["contiguous", "backwards", "transposed"])
+def test_ops_on_views_give_the_bits_of_the_backend(view, backend):
+    for seed in range(20):
+        case = make_case(seed)
+        if case.values == "nan":
+            continue
+        with cases.named(case):
+            want = run(case, backend)
+            for name, got in run_ops(case, backend, view).items():
+                assert got.tobytes() == want[name].tobytes(), name
+
+
+def test_ops_compute_float16_in_float32(backend):
+    case = make_case(2, dtype=np.float32, rows=40, c=6)
+    half = case._replace(arrays={k: v.astype(np.float16) for k, v in case.arrays.items()})
+    results = run_ops(half, backend)
+    expected = run_ops(case._replace(arrays={k: v.astype(np.float32) for k, v
+                                             in half.arrays.items()}), backend)
+    for name, got in results.items():
+        assert got.dtype == np.float16
+        np.testing.assert_allclose(got, expected[name], rtol=0.01, atol=0.01)
+
+
+X, V = np.ones((4, 3)), np.ones(3)
+REFUSED = {
+    "one value": (lambda: ops.batch_norm_statistics(X[:1]),
+                  "batch_norm_statistics: needs more than 1 value per channel (last axis), got"),
+    "no values": (lambda: ops.batch_norm_statistics(X[:0]), "got (0, 3)"),
+    "no channels": (lambda: ops.batch_norm(X[:, :0], *[V[:0]] * 4), "at least 1 channel, got (4,"),
+    "gamma": (lambda: ops.batch_norm(X, V, V, V[:2], V), "gamma has shape (2,), expected (3,)"),
+    "residual": (lambda: ops.batch_norm(X, V, V, V, V, residual=X[:1]),
+                 "residual has shape (1, 3), expected (4, 3)"),
+    "dy": (lambda: ops.batch_norm_backward(X[:3], X, V, V, V), "dy has shape (3, 3), expected (4,"),
+    "activation": (lambda: ops.batch_norm(X, V, V, V, V, activation="tanh"),
+                   "batch_norm: activation 'tanh' is not known; use None, 'relu'"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED.values(), ids=REFUSED)
+def test_ops_refuse_what_does_not_fit(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
 @pytest.mark.parametrize("view", [lambda a: a[::-1], lambda a: a.swapaxes(0, 1),
                                   lambda a: a[:, ::2]], ids=["backwards", "transposed", "sliced"])
 def test_views_give_the_bits_of_their_contiguous_copies(view, backend, rng):
@@ -361,7 +420,7 @@ def test_rows_are_read_and_written_16_bytes_at_a_time():
     for entry in ptx.split(".entry ")[1:]:
         name = entry[:entry.index("(")]
         assert ("ld.global.nc.v4.f32" in entry) == ("merge" not in name), name
-        writes = name in ("batch_norm", "batch_norm_backward")
+        writes = name in ("batch_norm", "batch_norm_sums", "batch_norm_backward")
         assert ("st.global.v4.f32" in entry) == writes, name
 
 

@@ -54,16 +54,18 @@ def backward(dy: Any, x: Any, y: Any, mean: Any, var: Any, gamma: Any, beta: Any
              relu: bool, dgamma: Any, dbeta: Any, dz: Any, vec: int) -> Any:
     """dx; writes dgamma, dbeta, and where it is given dz. y: None to compute it from x again."""
     rows, c = x.size // x.shape[-1], x.shape[-1]
-    given = dy, x, y, mean, var, gamma, beta
+    norm = mean, var, gamma, beta
     (columns, bands), band, width = tiles(rows, c // vec, *_REDUCING)
     partial = cupy.empty((bands, 2, c), gamma.dtype)
-    _sums.launch((columns, bands), BLOCK, *given, partial, rows, c, band, width, epsilon,
-                 int(relu), vec=vec)
+    _sums.launch((columns, bands), BLOCK, dy, x, y, *norm, partial, dz, rows, c, band, width,
+                 epsilon, int(relu), vec=vec)
     columns, width = _merging(c, vec)
     _merge_sums.launch(columns, BLOCK, partial, dbeta, dgamma, c, bands, width, vec=vec)
+    if dz is not None:
+        dy, relu = dz, False
     dx = cupy.empty(x.shape, x.dtype)
     grid, band, width = tiles(rows, c // vec, *_ELEMENTWISE)
-    _backward.launch(grid, BLOCK, *given, dgamma, dbeta, dx, dz, rows, c, band, width, epsilon,
+    _backward.launch(grid, BLOCK, dy, x, *norm, dgamma, dbeta, dx, rows, c, band, width, epsilon,
                      int(relu), vec=vec)
     return dx
 

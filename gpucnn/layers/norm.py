@@ -7,8 +7,6 @@ from gpucnn import activations
 from gpucnn.backend import Array
 from gpucnn.layers.base import Layer, Parameter, Shape, constant
 
-_ACTIVATIONS = ("relu",)
-
 
 class BatchNorm(Layer):
     """Z = gamma (x - mean) / sqrt(var + epsilon) + beta for each channel, the last axis; A = g(Z).
@@ -30,7 +28,7 @@ class BatchNorm(Layer):
     def __init__(self, *, activation: str | None = None, momentum: float = 0.1,
                  epsilon: float = 1e-5, **options):
         super().__init__(**options)
-        activations.check_name(self.where, activation, _ACTIVATIONS)
+        activations.check_name(self.where, activation, activations.FUSED_WITH_NORM)
         if not 0 < momentum <= 1:
             raise ValueError(f"{self.where}: momentum must be > 0 and <= 1, got {momentum}")
         if not 0 < epsilon < math.inf:
@@ -70,7 +68,7 @@ class BatchNorm(Layer):
 
     def _can_add(self, activation: str | None) -> bool:
         """Whether there is no activation before the addition, and a known one after it."""
-        return self.activation is None and activation in (None, *_ACTIVATIONS)
+        return self.activation is None and activation in (None, *activations.FUSED_WITH_NORM)
 
     def multiply_adds(self) -> int:
         return math.prod(self.output_shape)
