@@ -75,7 +75,7 @@ struct Moments {
         for (int v = 0; v < VEC; ++v) {
             accum_t d = other.mean.at[v] - mean.at[v];
             mean.at[v] += d * share;
-            m2.at[v] += other.m2.at[v] + d * d * before * share;
+            m2.at[v] += other.m2.at[v] + d * (before * share) * d;  // 0 where before is 0
         }
     }
 };
@@ -103,7 +103,7 @@ extern "C" __global__ void batch_norm_moments(
 }
 
 // mean and var (biased, divided by rows) from the bands' moments; the running ones follow them by
-// the share `momentum`, the variance unbiased (divided by rows - 1). Of one block a column.
+// the share `momentum`, the variance unbiased (divided by rows - 1). Threads share out the bands.
 extern "C" __global__ void batch_norm_merge_moments(
     const accum_t* __restrict__ partial, accum_t* __restrict__ mean, accum_t* __restrict__ var,
     accum_t* __restrict__ running_mean, accum_t* __restrict__ running_var,

@@ -246,6 +246,9 @@ def measure_shape(backend: Backend, name: str, shape: tuple[int, ...], windows: 
         outputs = int(np.prod(window.out_size(h, w)))
         return lambda rows: (rows // outputs if window is conv else rows, h, w, c)
 
+    # mean, var, gamma, beta; and what is written of as many numbers
+    vectors, written = ({b.name: list(b.xp.ones((k, c), np.float32)) for b in (here, backend)}
+                        for k in (4, 2))
     return [
         case("im2col", lambda b, a: b.im2col(a, conv), x),
         case("col2im", lambda b, a: b.col2im(a, like(conv)(len(a)), conv), cols),
@@ -259,6 +262,13 @@ def measure_shape(backend: Backend, name: str, shape: tuple[int, ...], windows: 
         case("gather_batch", lambda b, images, order: b.gather_batch(
             images, order, order, cursor[b.name], len(images), table[b.name], augmentation, 1),
              (255 * np.abs(np.sin(x))).astype(np.uint8), np.arange(n)),
+        case("batch_norm_statistics",
+             lambda b, a: b.batch_norm_statistics(a, *written[b.name], 0.1), x),
+        case("batch_norm",
+             lambda b, a: b.batch_norm(a, *vectors[b.name], 1e-5, None, "relu"), x),
+        case("batch_norm_backward",
+             lambda b, g, a: b.batch_norm_backward(g, a, None, *vectors[b.name], 1e-5, None,
+                                                   *written[b.name], False)[0], x[::-1], x),
     ]
 
 

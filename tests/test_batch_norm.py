@@ -253,6 +253,17 @@ def test_a_variance_far_from_0_keeps_its_digits(backend, rng):
     np.testing.assert_allclose(var, x.astype(float).var(0), rtol=1e-4)
 
 
+def test_a_constant_channel_has_no_variance(backend):
+    """Nor one below 0, of which a small epsilon would leave no square root."""
+    x = np.full((3000, 4), [0, 0.1, 1e4 + 0.3, -1e15], np.float32)
+    running = [backend.xp.zeros(4, np.float32) for _ in range(2)]
+    mean, var = (backend.to_numpy(v) for v in backend.batch_norm_statistics(
+        backend.asarray(x), *running, MOMENTUM))
+    assert (var >= 0).all()
+    assert (np.sqrt(var) <= 1e-6 * np.abs(x[0])).all()
+    np.testing.assert_allclose(mean, x[0], rtol=1e-6)
+
+
 def test_what_is_not_finite_stays_in_its_channel(backend, rng):
     x = rng.standard_normal((50, 8)).astype(np.float32)
     x[3, 1], x[4, 6] = np.nan, np.inf
@@ -445,7 +456,7 @@ BUGS = {
                                           "start + band"),
     "threads miss a barrier": ("        __syncthreads();\n", ""),
     "half of the threads are not merged": ("half >= width", "half > width"),
-    "moments are merged as if they had one mean": (" + d * d * before * share", ""),
+    "moments are merged as if they had one mean": (" + d * (before * share) * d", ""),
     "means are merged by the wrong share": ("share = other.count / count",
                                             "share = before / count"),
     "the variance is that about the old mean": ("m2.at[v] += d * (value - mean.at[v])",

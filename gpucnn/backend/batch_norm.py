@@ -57,7 +57,8 @@ def statistics(backend: Backend, x: np.ndarray, running_mean: np.ndarray, runnin
         d = np.subtract(part, _each(centre, k), out=_scratch(part))
         d_mean = _sum(d, c) / counts[i]
         d *= d
-        means[i], m2s[i] = centre + d_mean, _sum(d, c) - counts[i] * d_mean**2
+        means[i] = centre + d_mean
+        m2s[i] = np.maximum(_sum(d, c) - counts[i] * d_mean**2, 0)
 
     backend.for_each(measure, range(len(blocks)))
     count = counts.sum()
