@@ -1,70 +1,188 @@
 """Optimisers, in order of increasing complexity. One update covers all parameters at once.
 
-theta are the parameters, g their gradients, eta the learning rate: flat arrays of the model.
+theta are the parameters, g their gradients, eta the learning rate: flat arrays of the model. Each
+formula stands here, and for the GPU in kernels/optimizer.cu.
 """
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from gpucnn.backend import Array
 from gpucnn.layers import Layer
+from gpucnn.update import (
+    ADAM,
+    DESCENT,
+    LEAST_SCALE,
+    MOMENTUM,
+    NORM,
+    RATE,
+    RMS_PROP,
+    STEPS,
+    Rule,
+    Update,
+)
+
+
+class LossScale:
+    """By how much to multiply the loss, so that small gradients survive in 16 bits.
+
+    An optimiser that has one divides the gradients by it again. A step whose gradients are not all
+    finite is left out and halves the scale, down to 2^-126; `growth_interval` good steps in a row
+    double it (Micikevicius et al., "Mixed precision training", 2018). With float64 a gradient over
+    1e154, whose square is infinite, counts as not finite too.
+
+    value: the scale and the number of good steps since it last changed, two doubles of the model's
+    backend, which a training step neither waits for nor copies to the host.
+    """
+
+    def __init__(self, model: Layer, initial: float = 2.0**16, growth_interval: int = 2000):
+        _check("initial", initial, LEAST_SCALE, 2.0**128)
+        if not growth_interval >= 1:
+            raise ValueError(f"growth_interval must be >= 1, got {growth_interval}")
+        self.growth_interval = int(growth_interval)
+        self.value: Array = model.backend.asarray([float(initial), 0.0])
+
+    def __float__(self) -> float:
+        """The scale; waits for the GPU."""
+        return float(self.value[0])
 
 
 class Optimizer:
     """The base: step() changes the model's parameters by what its last backward pass left.
 
     learning_rate may be changed between steps. `state` holds the optimiser's own arrays, each as
-    long as the parameters; `steps` counts the updates.
+    long as the parameters.
+
+    clip_norm: the largest norm that all gradients together may have, as in clip_gradients(); the
+        GPU is not waited for, and the gradients are not written.
+    loss_scale: what the loss was multiplied with.
+    copy_to: a float16 or bfloat16 array as long as the parameters, to which each step writes the
+        new ones.
+
+    An optimiser of one's own defines state_names and update(); on the GPU it runs as array code.
     """
 
     state_names: tuple[str, ...] = ()
+    weight_decay = 0.0
 
-    def __init__(self, model: Layer, learning_rate: float):
+    def __init__(self, model: Layer, learning_rate: float, *, clip_norm: float | None = None,
+                 loss_scale: LossScale | None = None, copy_to: Array | None = None):
         if not model.built:
             raise RuntimeError("the optimizer needs a built model; call model.build(input_shape)")
-        _check("learning_rate", learning_rate, 0, float("inf"))
+        if clip_norm is not None:
+            _check("clip_norm", clip_norm, 0, float("inf"))
+        if copy_to is not None and copy_to.shape != model.flat_data.shape:
+            raise ValueError(f"copy_to has shape {copy_to.shape}, the parameters have "
+                             f"{model.flat_data.shape}")
         self.model = model
-        self.learning_rate = learning_rate
+        self.clip_norm, self.loss_scale, self.copy_to = clip_norm, loss_scale, copy_to
         self.xp: Any = model.backend.xp
         self.state: dict[str, Array] = {n: self.xp.zeros_like(model.flat_data)
                                         for n in self.state_names}
-        self.steps = 0
+        self._control = self.xp.zeros(NORM + 1)
+        self.learning_rate = learning_rate
+
+    @property
+    def learning_rate(self) -> float:
+        """eta, kept on the device too: setting it does not wait, and changes captured graphs."""
+        return self._learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        _check("learning_rate", value, 0, float("inf"))
+        self._learning_rate = value
+        self._control[RATE] = float(value)
+
+    @property
+    def steps(self) -> int:
+        """How many updates were made; those that a loss scale left out are not counted.
+
+        Counted on the device: reading it waits for the GPU.
+        """
+        return int(self._control[STEPS])
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self._control[STEPS] = float(value)
+
+    @property
+    def gradient_norm(self) -> float:
+        """Of the last step, before clipping and without the loss scale, where it had either.
+
+        Reading it waits for the GPU.
+        """
+        return float(self._control[NORM])
 
     def step(self) -> None:
         """theta -= the update."""
-        self.steps += 1
-        theta, g, backend = self.model.flat_data, self.model.flat_grad, self.model.backend
-
-        def change(part: slice) -> None:
-            theta[part] -= self.update(g[part], *(a[part] for a in self.state.values()))
-
-        backend.for_each(change, backend.blocks(theta.size, 6 * theta.itemsize))
+        model, scale = self.model, self.loss_scale
+        same = _definer(type(self), "rule") is _definer(type(self), "update")
+        model.backend.apply_update(Update(
+            model.flat_data, model.flat_grad, self.state, self._control,
+            formula=self.update, rule=self.rule() if same else None,
+            weight_decay=self.weight_decay, decayed_size=model.decayed_size,
+            clip_norm=self.clip_norm, loss_scale=None if scale is None else scale.value,
+            growth_interval=1 if scale is None else scale.growth_interval, copy=self.copy_to))
 
     def update(self, g: Array, *state: Array) -> Array:
         """What to subtract from a part of theta, given that part of g, which is not written, and
         of the arrays in `state`, which are brought up to date."""
         raise NotImplementedError
 
+    def rule(self) -> Rule | None:
+        """What this class's update() is in kernels/optimizer.cu; None where it is not there."""
+        return None
+
     def clip_gradients(self, limit: float) -> float:
         """Scale all gradients so that their joint Euclidean norm is at most `limit`.
 
-        Returns the norm before. Pascanu, Mikolov and Bengio 2013.
+        Returns the norm before, for which it waits for the GPU; clip_norm does not. Pascanu,
+        Mikolov and Bengio 2013. The squares are added as doubles, in an order that depends on the
+        number of parameters alone.
         """
-        g = self.model.flat_grad
-        norm = float(self.xp.sqrt(g @ g))
+        backend, g = self.model.backend, self.model.flat_grad
+        norm = float(backend.to_numpy(backend.sum_of_squares(g)).sum()) ** 0.5
         if norm > limit:
             g *= limit / norm
         return norm
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """All that a resumed run needs beside the arguments, as arrays of the host: waits."""
+        arrays = {**self.state, "steps": np.array(self.steps)}
+        if self.loss_scale is not None:
+            arrays["loss_scale"] = self.loss_scale.value
+        return {name: np.array(self.model.backend.to_numpy(a)) if name != "steps" else a
+                for name, a in arrays.items()}
+
+    def load_state_dict(self, arrays: dict[str, np.ndarray]) -> None:
+        """Go on from what state_dict() gave, on this backend or the other.
+
+        Raises ValueError for names or shapes that are not this optimiser's.
+        """
+        own = {name: a.shape for name, a in self.state_dict().items()}
+        given = {name: np.shape(a) for name, a in arrays.items()}
+        if given != own:
+            raise ValueError(f"the state of this {type(self).__name__} is {own}, got {given}")
+        for name, a in self.state.items():
+            a[...] = self.model.backend.asarray(arrays[name], a.dtype)
+        self.steps = int(arrays["steps"])
+        if self.loss_scale is not None:
+            self.loss_scale.value[...] = self.model.backend.asarray(arrays["loss_scale"])
 
 
 class GradientDescent(Optimizer):
     """theta -= eta g."""
 
-    def __init__(self, model: Layer, learning_rate: float = 0.01):
-        super().__init__(model, learning_rate)
+    def __init__(self, model: Layer, learning_rate: float = 0.01, **options: Any):
+        super().__init__(model, learning_rate, **options)
 
     def update(self, g: Array, *state: Array) -> Array:
         return self.learning_rate * g
+
+    def rule(self) -> Rule:
+        return Rule(DESCENT)
 
 
 class Momentum(Optimizer):
@@ -73,8 +191,8 @@ class Momentum(Optimizer):
     state_names = ("v",)
 
     def __init__(self, model: Layer, learning_rate: float = 0.01, momentum: float = 0.9,
-                 nesterov: bool = False):
-        super().__init__(model, learning_rate)
+                 nesterov: bool = False, **options: Any):
+        super().__init__(model, learning_rate, **options)
         _check("momentum", momentum, 0, 1)
         self.momentum = momentum
         self.nesterov = nesterov
@@ -85,6 +203,9 @@ class Momentum(Optimizer):
         v += g
         return self.learning_rate * (g + self.momentum * v if self.nesterov else v)
 
+    def rule(self) -> Rule:
+        return Rule(MOMENTUM, beta1=self.momentum, nesterov=self.nesterov)
+
 
 class RMSProp(Optimizer):
     """s = rho s + (1 - rho) g^2; theta -= eta g / (sqrt(s) + epsilon). Tieleman, Hinton 2012."""
@@ -92,8 +213,8 @@ class RMSProp(Optimizer):
     state_names = ("s",)
 
     def __init__(self, model: Layer, learning_rate: float = 0.001, rho: float = 0.9,
-                 epsilon: float = 1e-8):
-        super().__init__(model, learning_rate)
+                 epsilon: float = 1e-8, **options: Any):
+        super().__init__(model, learning_rate, **options)
         _check("rho", rho, 0, 1)
         self.rho = rho
         self.epsilon = epsilon
@@ -101,7 +222,14 @@ class RMSProp(Optimizer):
     def update(self, g: Array, *state: Array) -> Array:
         (s,) = state
         _average(s, g * g, self.rho)
-        return self.learning_rate * g / (self.xp.sqrt(s) + self.epsilon)
+        change = self.xp.sqrt(s)
+        change += self.epsilon
+        self.xp.divide(g, change, out=change)
+        change *= self.learning_rate
+        return change
+
+    def rule(self) -> Rule:
+        return Rule(RMS_PROP, beta2=self.rho, epsilon=self.epsilon)
 
 
 class Adam(Optimizer):
@@ -114,8 +242,8 @@ class Adam(Optimizer):
     state_names = ("m", "s")
 
     def __init__(self, model: Layer, learning_rate: float = 0.001, beta1: float = 0.9,
-                 beta2: float = 0.999, epsilon: float = 1e-8):
-        super().__init__(model, learning_rate)
+                 beta2: float = 0.999, epsilon: float = 1e-8, **options: Any):
+        super().__init__(model, learning_rate, **options)
         _check("beta1", beta1, 0, 1)
         _check("beta2", beta2, 0, 1)
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
@@ -132,6 +260,9 @@ class Adam(Optimizer):
         change *= self.learning_rate / correction1
         return change
 
+    def rule(self) -> Rule:
+        return Rule(ADAM, self.beta1, self.beta2, self.epsilon)
+
 
 class AdamW(Adam):
     """Adam, with theta -= eta weight_decay theta beside it (Loshchilov and Hutter 2019).
@@ -140,15 +271,16 @@ class AdamW(Adam):
     """
 
     def __init__(self, model: Layer, learning_rate: float = 0.001, beta1: float = 0.9,
-                 beta2: float = 0.999, epsilon: float = 1e-8, weight_decay: float = 0.01):
-        super().__init__(model, learning_rate, beta1, beta2, epsilon)
+                 beta2: float = 0.999, epsilon: float = 1e-8, weight_decay: float = 0.01,
+                 **options: Any):
+        super().__init__(model, learning_rate, beta1, beta2, epsilon, **options)
         _check("weight_decay", weight_decay, 0, float("inf"))
         self.weight_decay = weight_decay
 
-    def step(self) -> None:
-        weights = self.model.flat_data[:self.model.decayed_size]
-        weights *= 1 - self.learning_rate * self.weight_decay
-        super().step()
+
+def _definer(cls: type, method: str) -> type:
+    """The class whose method it is: a subclass may change update() and leave rule() behind."""
+    return next(c for c in cls.__mro__ if method in vars(c))
 
 
 def _average(average: Array, newest: Array, share: float) -> None:

@@ -365,6 +365,47 @@ def gradient_descent(w: Any, dw: Any, learning_rate: float) -> Array:
     return _float64(w) - learning_rate * _float64(dw)
 
 
+# ---- other optimisers, one step each: parameters w, gradients dw, averages in and out ------------
+
+def momentum(w: Any, dw: Any, v: Any, learning_rate: float, mu: float, nesterov: bool = False
+             ) -> tuple[Array, Array]:
+    """(w, v). Polyak 1964; Nesterov's look-ahead as in Sutskever et al. 2013, in torch's form."""
+    v = mu * _float64(v) + _float64(dw)
+    return gradient_descent(w, dw + mu * v if nesterov else v, learning_rate), v
+
+
+def rms_prop(w: Any, dw: Any, s: Any, learning_rate: float, rho: float, epsilon: float
+             ) -> tuple[Array, Array]:
+    """(w, s). Tieleman and Hinton 2012, lecture 6.5."""
+    s = rho * _float64(s) + (1 - rho) * _float64(dw) ** 2
+    return gradient_descent(w, dw / (np.sqrt(s) + epsilon), learning_rate), s
+
+
+def adam(w: Any, dw: Any, m: Any, s: Any, t: int, learning_rate: float, beta1: float, beta2: float,
+         epsilon: float) -> tuple[Array, Array, Array]:
+    """(w, m, s) of step t, counted from 1. Kingma and Ba 2015, algorithm 1.
+
+    AdamW (Loshchilov and Hutter 2019) is this with w * (1 - learning_rate * weight_decay) for w.
+    """
+    m = beta1 * _float64(m) + (1 - beta1) * _float64(dw)
+    s = beta2 * _float64(s) + (1 - beta2) * _float64(dw) ** 2
+    m_hat, s_hat = m / (1 - beta1**t), s / (1 - beta2**t)
+    return gradient_descent(w, m_hat / (np.sqrt(s_hat) + epsilon), learning_rate), m, s
+
+
+def clip(dw: Any, limit: float) -> tuple[Array, float]:
+    """dw, made shorter where its norm is over the limit, and the norm. Pascanu et al. 2013."""
+    norm = math.sqrt(math.fsum(g * g for g in _float64(dw)))
+    return _float64(dw) * (limit / norm if norm > limit else 1), norm
+
+
+def loss_scale(scale: float, good: int, finite: bool, interval: int) -> tuple[float, int]:
+    """The scale and the good steps in a row after a step. Micikevicius et al. 2018."""
+    if not finite:
+        return max(scale / 2, 2.0**-126), 0
+    return (scale * 2, 0) if good + 1 == interval else (scale, good + 1)
+
+
 # ---- convolution as one matrix product -----------------------------------------------------------
 
 def im2col(x: Any, size: IntOrPair, *, stride: IntOrPair = 1, padding: Padding = 0,

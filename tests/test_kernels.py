@@ -36,7 +36,7 @@ def test_every_kernel_of_a_file_is_found(file):
     source = (kernel_dir() / file).read_text()
     signatures = read_signatures(kernel_dir(), file)
     assert len(signatures) == source.count("__global__")
-    assert all(parameters[0].pointer and parameters[0].ctype in ("scalar_t", "accum_t")
+    assert all(parameters[0].pointer and parameters[0].ctype in ("scalar_t", "accum_t", "double")
                for parameters in signatures.values())
 
 
@@ -48,7 +48,8 @@ def test_the_ends_of_loops_are_computed_in_64_bits_where_the_index_is(file):
     ends = re.findall(r"GRID_STRIDE_LOOP\(\w+, (.*)\) {", (kernel_dir() / file).read_text())
     assert ends
     for end in ends:
-        assert re.fullmatch(r"\(index_t\)(n( \* \w+)+|size|\(\(size \+ 3\) / 4\))", end), end
+        assert re.fullmatch(
+            r"\(index_t\)(n( \* \w+)*|size|\(\(size \+ (3\) / 4|VEC - 1\) / VEC)\))", end), end
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

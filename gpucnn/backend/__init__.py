@@ -15,6 +15,7 @@ import numpy as np
 from gpucnn.augmentation import Augmentation
 from gpucnn.errors import BackendError
 from gpucnn.geometry import Window
+from gpucnn.update import Update
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 ALGORITHMS = ("auto", "implicit_gemm", "im2col", "direct")  # of convolution, on the GPU
@@ -156,6 +157,12 @@ class Backend(Protocol):
         y: what it gave, None without an activation. dgamma, dbeta (c,): written. dresidual is dy
         itself where there is no activation.
         """
+
+    def sum_of_squares(self, g: Array) -> Array:
+        """Doubles (any number,) whose sum is that of the squares of g (size,)."""
+
+    def apply_update(self, u: Update) -> None:
+        """One step of an optimiser."""
 
 
 def get_backend() -> Backend:

@@ -8,7 +8,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from gpucnn import convolution
+from gpucnn import convolution, update
 from gpucnn.augmentation import Augmentation
 from gpucnn.backend import ALGORITHMS, cuda_batch_norm, cuda_convolution
 from gpucnn.backend.cuda_convolution import (
@@ -17,7 +17,7 @@ from gpucnn.backend.cuda_convolution import (
     input_gradient_plan,
     weight_gradient_plan,
 )
-from gpucnn.backend.cuda_kernel import Kernel
+from gpucnn.backend.cuda_kernel import BLOCK, Kernel, launch_grid
 from gpucnn.geometry import Window
 from gpucnn.numerics import blocks_of, sum_rows
 from gpucnn.rng import drop_threshold, words_of
@@ -31,6 +31,11 @@ _avg_pool_backward = Kernel("avgpool.cu", "avg_pool_backward")
 _dropout = Kernel("dropout.cu", "dropout")
 _ONE_TAP = Window(1, 1, 1, 1, 0, 0, 0, 0, 1, 1)
 _gather_batch = Kernel("gather.cu", "gather_batch")
+_sum_of_squares = Kernel("optimizer.cu", "sum_of_squares")
+_prepare_step = Kernel("optimizer.cu", "prepare_step")
+_update = Kernel("optimizer.cu", "update")
+
+MAX_PARTIALS = 1024
 
 
 class CupyBackend:
@@ -179,6 +184,30 @@ class CupyBackend:
                                       _channels_at_once(x.shape[-1], given))
         return dx, (dz if relu else dy) if has_residual else None
 
+    def sum_of_squares(self, g: Any) -> Any:
+        vec = _wide(g)
+        grid = min(launch_grid(-(-g.size // vec)), MAX_PARTIALS)
+        partials = cupy.empty(grid, np.float64)
+        _sum_of_squares.launch(grid, BLOCK, g, partials, g.size, vec=vec)
+        return partials
+
+    def apply_update(self, u: update.Update) -> None:
+        rule = u.rule or update.Rule(update.DESCENT)
+        partials = self.sum_of_squares(u.g) if u.needs_norm else None
+        _prepare_step.launch(
+            1, BLOCK, u.control, partials, 0 if partials is None else partials.size, u.loss_scale,
+            u.growth_interval, float("inf") if u.clip_norm is None else float(u.clip_norm),
+            float(rule.beta1), float(rule.beta2))
+        if u.rule is None:
+            update.apply(self, u)
+            return
+        first = u.state.get("v", u.state.get("m"))  # a velocity is kept as an average of g is
+        arrays = u.theta, u.g, first, u.state.get("s"), u.copy
+        vec = _wide(*(a for a in arrays if a is not None))
+        _update(-(-u.theta.size // vec), *arrays, u.control, u.theta.size, u.decayed_size,
+                float(u.weight_decay), float(rule.beta1), float(rule.beta2), float(rule.epsilon),
+                int(rule.nesterov), vec=vec, RULE=rule.number)
+
 
 def _problem(x: Any, w: Any, window: Window, groups: int, tf32: bool) -> Problem:
     """Tensor cores compute with 16-bit arrays, and with float32 ones where tf32 is allowed."""
@@ -213,6 +242,11 @@ def _launch(kernel: Kernel, elements: int, arrays: tuple, x_shape: tuple[int, ..
 
 def _channels_at_once(channels: int, arrays: tuple) -> int:
     """16 bytes' worth where every pixel starts at a multiple of 16 bytes, else 1."""
+    vec = _wide(*arrays)
+    return vec if channels % vec == 0 else 1
+
+
+def _wide(*arrays: Any) -> int:
+    """How many elements are 16 bytes of the first array, where all begin at that many; else 1."""
     vec = 16 // arrays[0].itemsize
-    aligned = all(a.data.ptr % (vec * a.itemsize) == 0 for a in arrays)
-    return vec if channels % vec == 0 and aligned else 1
+    return vec if all(a.data.ptr % (vec * a.itemsize) == 0 for a in arrays) else 1

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from gpucnn import convolution
+from gpucnn import convolution, update
 from gpucnn.activations import activate, activation_backward
 from gpucnn.augmentation import Augmentation
 from gpucnn.backend import batch_gather, batch_norm, narrow_convolution, parallel, row_convolution
@@ -25,6 +25,7 @@ from gpucnn.rng import drop_threshold, random_words
 MATMUL_ROWS = 64         # or columns of a block: fewer would not repay the copy of the other matrix
 WORK = 1 << 24           # multiply-adds of a block at least: fewer would not repay a thread
 DROPOUT_BLOCK = 1 << 17  # elements
+SQUARES_BLOCK = 1 << 16  # elements
 
 
 class NumpyBackend:
@@ -233,6 +234,24 @@ class NumpyBackend:
         dx, dz = batch_norm.backward(self, dy, x, y, mean, var, gamma, epsilon, activation, dgamma,
                                      dbeta)
         return dx, dz if has_residual else None
+
+    def sum_of_squares(self, g: np.ndarray) -> np.ndarray:
+        blocks = blocks_of(g.size, SQUARES_BLOCK)
+        partials = np.zeros(len(blocks))
+
+        def add(i: int) -> None:
+            part = g[blocks[i]]
+            partials[i] = np.vdot(part, part)
+            if not 1e-20 < partials[i] < 1e30:  # float32 may have overflowed or vanished
+                wide = part.astype(np.float64)
+                partials[i] = np.vdot(wide, wide)
+
+        self.for_each(add, range(len(blocks)))
+        return partials
+
+    def apply_update(self, u: update.Update) -> None:
+        update.prepare(u, float(self.sum_of_squares(u.g).sum()) if u.needs_norm else 0.0)
+        update.apply(self, u)
 
     def _gather(self, x_shape: tuple[int, ...], window: Window, dy: np.ndarray,
                 reaching: Callable[[slice, int], np.ndarray]) -> np.ndarray:

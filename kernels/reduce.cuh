@@ -1,0 +1,19 @@
+// A value that all threads of a block make together, the same bits in each of them. The order
+// depends on blockDim.x alone, which is a multiple of 32, at most 1024.
+//
+// of_warps: shared memory for one value of each warp.
+template <class T, class Combine>
+static __device__ T over_block(T value, T* of_warps, Combine combine) {
+    for (int by = 16; by > 0; by /= 2) value = combine(value, __shfl_xor_sync(~0u, value, by));
+    if (blockDim.x == 32) return value;
+    __syncthreads();  // what was here before has been read
+    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = value;
+    __syncthreads();
+    value = of_warps[0];
+    for (int warp = 1; warp < (int)blockDim.x / 32; ++warp) value = combine(value, of_warps[warp]);
+    return value;
+}
+
+template <class T> static __device__ T block_sum(T value, T* of_warps) {
+    return over_block(value, of_warps, [](T a, T b) { return a + b; });
+}
