@@ -4,21 +4,31 @@ from __future__ import annotations
 import numpy as np
 
 from gpucnn.backend import Array, backend_of
-from gpucnn.ops import as_array, softmax_cross_entropy
+from gpucnn.ops import as_array, cross_entropy_and_hits
+from gpucnn.optim import LossScale
 
 
 class SoftmaxCrossEntropy:
     """The mean of -log softmax(logits)[label]: logits (n, classes), integer labels (n,).
 
     label_smoothing: as in gpucnn.ops.softmax_cross_entropy.
+    loss_scale: what dlogits, and so all gradients, are multiplied with; the loss is not. Give the
+        optimiser the same one.
     """
 
-    def __init__(self, label_smoothing: float = 0.0):
-        self.label_smoothing = label_smoothing
+    def __init__(self, label_smoothing: float = 0.0, loss_scale: LossScale | None = None):
+        self.label_smoothing, self.loss_scale = label_smoothing, loss_scale
 
     def __call__(self, logits: Array, labels: Array) -> tuple[Array, Array]:
         """(loss, dlogits)."""
-        return softmax_cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        loss, dlogits, _ = self.with_hits(logits, labels)
+        return loss, dlogits
+
+    def with_hits(self, logits: Array, labels: Array) -> tuple[Array, Array, Array]:
+        """(loss, dlogits, how many of the n are classified right): the same pass counts them."""
+        return cross_entropy_and_hits(
+            logits, labels, label_smoothing=self.label_smoothing,
+            loss_scale=None if self.loss_scale is None else self.loss_scale.value)
 
 
 class MeanSquaredError:

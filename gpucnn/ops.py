@@ -30,7 +30,6 @@ from gpucnn.geometry import (
     check_pool_window,
     make_window,
 )
-from gpucnn.numerics import log_softmax
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -209,6 +208,18 @@ def softmax_cross_entropy(logits: Array, labels: Array, *, label_smoothing: floa
     Returns (loss, dlogits): a scalar of the backend, not yet copied from the GPU, and
     (softmax(logits) - q) / n. Infinite logits give nan.
     """
+    loss, dlogits, _ = cross_entropy_and_hits(logits, labels, label_smoothing=label_smoothing)
+    return loss, dlogits
+
+
+def cross_entropy_and_hits(logits: Array, labels: Array, *, label_smoothing: float = 0.0,
+                           loss_scale: Array | None = None) -> tuple[Array, Array, Array]:
+    """softmax_cross_entropy, and how many labels are the first maximum of their row.
+
+    A row that holds a NaN counts as wrong. The number is a scalar of the backend, as the loss.
+
+    loss_scale: None, or doubles of the backend, with the first of which dlogits are multiplied.
+    """
     where = "softmax_cross_entropy"
     backend, dtype, (logits,) = _receive(where, logits=logits)
     if logits.ndim != 2:
@@ -219,24 +230,17 @@ def softmax_cross_entropy(logits: Array, labels: Array, *, label_smoothing: floa
     if n == 0:
         raise ValueError("loss of an empty batch is undefined (0 samples)")
     labels = check_labels(backend, labels, n, classes)
-    xp = backend.xp
-    log_p = log_softmax(xp, logits)
-    picked = xp.arange(n), labels
-    loss = -(1 - label_smoothing) * log_p[picked].mean()
-    if label_smoothing:
-        loss = loss - label_smoothing * log_p.mean()
-    dlogits = xp.exp(log_p)
-    dlogits -= label_smoothing / classes
-    dlogits[picked] -= 1 - label_smoothing
-    dlogits /= n
-    return _as(dtype, loss), _as(dtype, dlogits)
+    loss, dlogits, hits = backend.softmax_cross_entropy(logits, labels, label_smoothing,
+                                                        loss_scale)
+    return _as(dtype, loss), _as(dtype, dlogits), hits
 
 
 def check_labels(backend: Backend, labels: Array, n: int, classes: int) -> Array:
     """labels as an integer array (n,) of the backend, each from 0 to classes - 1.
 
-    Checked on the GPU too, where CuPy's indexing would not raise. Raises TypeError for floats,
-    bools, one-hot rows and masked arrays, ValueError for a wrong number or a label out of range.
+    Those of the host are checked there and moved; those of the GPU are checked on it, for which it
+    is waited. Raises TypeError for floats, bools, one-hot rows, masked arrays and labels on a GPU
+    beside logits that are not, ValueError for a wrong number or a label out of range.
     """
     if not hasattr(labels, "dtype") and not isinstance(labels, (list, tuple)):
         raise TypeError(f"labels must be integers of shape (N,), got {labels!r}")
@@ -246,13 +250,15 @@ def check_labels(backend: Backend, labels: Array, n: int, classes: int) -> Array
                         "; for one-hot use labels.argmax(1)")
     if len(labels) != n:
         raise ValueError(f"{n} images but {len(labels)} labels")
-    labels = backend.asarray(labels)
+    if backend.name == "numpy" and backend_of(labels) is not backend:
+        raise TypeError(f"softmax_cross_entropy: logits is a numpy array, labels a "
+                        f"{backend_of(labels).name} array; move one of them")
     wrong = (labels < 0) | (labels >= classes)
     if wrong.any():
         position = int(wrong.argmax())
         raise ValueError(f"label {int(labels[position])} at position {position} is out of range "
                          f"for {classes} classes (0..{classes - 1})")
-    return labels
+    return backend.asarray(labels)
 
 
 def as_array(where: str, name: str, value: Any) -> Array:

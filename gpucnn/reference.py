@@ -365,6 +365,12 @@ def gradient_descent(w: Any, dw: Any, learning_rate: float) -> Array:
     return _float64(w) - learning_rate * _float64(dw)
 
 
+def hits(logits: Any, labels: Any) -> int:
+    """How many labels are the first maximum of their row; a row with a NaN has no maximum."""
+    return sum(not any(np.isnan(z)) and list(z).index(max(z)) == label
+               for z, label in zip(_float64(logits), labels))
+
+
 # ---- other optimisers, one step each: parameters w, gradients dw, averages in and out ------------
 
 def momentum(w: Any, dw: Any, v: Any, learning_rate: float, mu: float, nesterov: bool = False

@@ -436,6 +436,19 @@ def test_labels(kind, labels, message, backend):
         ops.softmax_cross_entropy(logits, backend.xp.asarray(np.asarray(labels)))
 
 
+@needs_cupy
+def test_labels_on_the_gpu_beside_logits_that_are_not():
+    with use_backend("cupy") as there, refuses(
+            TypeError, "softmax_cross_entropy: logits is a numpy array, labels a cupy array; move "
+                       "one of them"):
+        ops.softmax_cross_entropy(np.zeros((2, 4)), there.asarray([0, 1]))
+    logits = there.asarray(np.eye(2))
+    assert (float(ops.softmax_cross_entropy(logits, np.array([0, 1]))[0])
+            == float(ops.softmax_cross_entropy(logits, there.asarray([0, 1]))[0]))
+    with refuses(ValueError, "label 4 at position 1 is out of range for 2 classes (0..1)"):
+        ops.softmax_cross_entropy(logits, np.array([0, 4]))
+
+
 def test_masked_labels_are_refused():
     masked = np.ma.masked_array([0, 9], mask=[False, True])
     with refuses(TypeError, "labels is numpy.ma.MaskedArray; fill the mask first"):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gpucnn import optim, reference
+from gpucnn import losses, optim, reference, training
 from gpucnn.backend import use_backend
 from gpucnn.layers import Dense
 from tests.conftest import needs_cupy
@@ -158,6 +158,20 @@ def test_a_loss_scale_does_not_vanish(backend):
         optimizer.step()
     assert float(scale) == 2.0**-126
     assert optimizer.gradient_norm == pytest.approx(model.flat_grad.size**0.5)
+
+
+def test_a_loss_scale_goes_in_and_out_again(backend, rng):
+    """In powers of two it changes no bit."""
+    x, t = rng.standard_normal((8, 3)), np.arange(8) % 2
+    results = []
+    for scaled in (False, True):
+        model = make_model(np.float32)
+        scale = optim.LossScale(model, 2.0**10) if scaled else None
+        optimizer = optim.Adam(model, clip_norm=0.5, loss_scale=scale)
+        loss = losses.SoftmaxCrossEntropy(loss_scale=scale)
+        history = [training.train_step(model, loss, optimizer, x, t) for _ in range(3)]
+        results.append((history, backend.to_numpy(model.flat_data).tolist()))
+    assert results[0] == results[1]
 
 
 def gradient_after_clipping(backend, g, limit):

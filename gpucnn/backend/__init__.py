@@ -158,6 +158,15 @@ class Backend(Protocol):
         itself where there is no activation.
         """
 
+    def softmax_cross_entropy(self, logits: Array, labels: Array, label_smoothing: float,
+                              loss_scale: Array | None = None) -> tuple[Array, Array, Array]:
+        """logits (n, classes), labels (n,) -> loss (), dlogits (n, classes), hits ().
+
+        hits: how many labels are the first maximum of their row; a row with a NaN has none.
+        loss_scale: None, or doubles on the device, with the first of which dlogits are multiplied.
+        Logits may be float16 or bfloat16: the loss is float32 then, dlogits are like the logits.
+        """
+
     def sum_of_squares(self, g: Array) -> Array:
         """Doubles (any number,) whose sum is that of the squares of g (size,)."""
 

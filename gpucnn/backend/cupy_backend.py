@@ -17,7 +17,7 @@ from gpucnn.backend.cuda_convolution import (
     input_gradient_plan,
     weight_gradient_plan,
 )
-from gpucnn.backend.cuda_kernel import BLOCK, Kernel, launch_grid
+from gpucnn.backend.cuda_kernel import BLOCK, Kernel, accumulator, launch_grid
 from gpucnn.geometry import Window
 from gpucnn.numerics import blocks_of, sum_rows
 from gpucnn.rng import drop_threshold, words_of
@@ -31,10 +31,14 @@ _avg_pool_backward = Kernel("avgpool.cu", "avg_pool_backward")
 _dropout = Kernel("dropout.cu", "dropout")
 _ONE_TAP = Window(1, 1, 1, 1, 0, 0, 0, 0, 1, 1)
 _gather_batch = Kernel("gather.cu", "gather_batch")
+_softmax_cross_entropy = Kernel("softmax_cross_entropy.cu", "softmax_cross_entropy")
+_over_rows = Kernel("softmax_cross_entropy.cu", "over_rows")
 _sum_of_squares = Kernel("optimizer.cu", "sum_of_squares")
 _prepare_step = Kernel("optimizer.cu", "prepare_step")
 _update = Kernel("optimizer.cu", "update")
 
+WARP = 32
+WARP_CLASSES = 128  # more than these are work for a whole block
 MAX_PARTIALS = 1024
 
 
@@ -183,6 +187,19 @@ class CupyBackend:
                                       float(epsilon), relu, dgamma, dbeta, dz,
                                       _channels_at_once(x.shape[-1], given))
         return dx, (dz if relu else dy) if has_residual else None
+
+    def softmax_cross_entropy(self, logits: Any, labels: Any, label_smoothing: float,
+                              loss_scale: Any = None) -> tuple[Any, Any, Any]:
+        n, classes = logits.shape
+        dlogits = cupy.empty(logits.shape, logits.dtype)
+        losses, loss = (cupy.empty(shape, accumulator(logits.dtype)) for shape in (n, ()))
+        hits, hit_count = (cupy.empty(shape, np.int32) for shape in (n, ()))
+        _softmax_cross_entropy.launch(
+            launch_grid(n * BLOCK), WARP if classes <= WARP_CLASSES else BLOCK, logits,
+            self.asarray(labels, np.int64), loss_scale, dlogits, losses, hits, n, classes,
+            float(label_smoothing))
+        _over_rows.launch(1, BLOCK, losses, hits, loss, hit_count, n)
+        return loss, dlogits, hit_count
 
     def sum_of_squares(self, g: Any) -> Any:
         vec = _wide(g)

@@ -235,6 +235,26 @@ class NumpyBackend:
                                      dbeta)
         return dx, dz if has_residual else None
 
+    def softmax_cross_entropy(self, logits: np.ndarray, labels: np.ndarray, label_smoothing: float,
+                              loss_scale: np.ndarray | None = None
+                              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        n, classes = logits.shape
+        rows = np.arange(n)
+        best = logits.argmax(axis=1)  # the first maximum, or the first NaN
+        largest = logits[rows, best]
+        hits = np.count_nonzero((best == labels) & (largest == largest))
+        z = np.subtract(logits, largest[:, None], dtype=np.promote_types(logits.dtype, np.float32))
+        p = np.exp(z)
+        total = p.sum(axis=1, keepdims=True)
+        loss = np.log(total).mean() - (1 - label_smoothing) * z[rows, labels].mean()
+        p /= total
+        p[rows, labels] -= 1 - label_smoothing
+        if label_smoothing:
+            loss -= label_smoothing * z.mean()
+            p -= label_smoothing / classes
+        p *= (1 if loss_scale is None else float(loss_scale[0])) / n
+        return loss, p.astype(logits.dtype, copy=False), np.asarray(hits)
+
     def sum_of_squares(self, g: np.ndarray) -> np.ndarray:
         blocks = blocks_of(g.size, SQUARES_BLOCK)
         partials = np.zeros(len(blocks))

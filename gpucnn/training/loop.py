@@ -31,15 +31,18 @@ def train_step(model: Layer, loss: Loss, optimizer: Optimizer, x: Any, t: Any, *
     """
     with np.errstate(over="ignore", invalid="ignore"):  # the loss shows it
         logits = model.forward(_receive(model, x), training=True)
-        value, dlogits = loss(logits, t)
-    hits = int((logits.argmax(axis=1) == model.backend.asarray(t)).sum())
+        if type(loss) is SoftmaxCrossEntropy:  # a subclass may compute another loss
+            value, dlogits, hits = loss.with_hits(logits, t)
+        else:
+            value, dlogits = loss(logits, t)
+            hits = (logits.argmax(axis=1) == model.backend.asarray(t)).sum()
     if not np.isfinite(float(value)):
-        return float(value), hits
+        return float(value), int(hits)
     model.backward_parameters(dlogits)
     if clip_norm is not None:
         optimizer.clip_gradients(clip_norm)
     optimizer.step()
-    return float(value), hits
+    return float(value), int(hits)
 
 
 def check_finite(loss: float, *, epoch: int, step: int, learning_rate: float,
