@@ -19,6 +19,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for python scripts/gpu_check.py
@@ -179,6 +180,8 @@ def run_kernels(backend: Backend, arguments: argparse.Namespace) -> dict[str, An
     measured = [m for name, shape in POOLED.items()
                 for m in measure_shape(backend, name, (arguments.batch_size, *shape),
                                        arguments.windows)]
+    measured += [measure_loss(backend, arguments.batch_size, arguments.windows),
+                 measure_adam(backend, arguments.batch_size, arguments.windows)]
     rows = [{"kernel": m.name, "bytes": m.bytes_moved, "microseconds": 1e6 * m.seconds,
              "spread": m.spread, "gigabytes_per_second": m.bandwidth / 1e9,
              "share_of_copy": m.bandwidth / copy.bandwidth, "correct": m.correct}
@@ -270,6 +273,47 @@ def measure_shape(backend: Backend, name: str, shape: tuple[int, ...], windows: 
              lambda b, g, a: b.batch_norm_backward(g, a, None, *vectors[b.name], 1e-5, None,
                                                    *written[b.name], False)[0], x[::-1], x),
     ]
+
+
+def measure_loss(backend: Backend, batch: int, windows: int) -> Measurement:
+    """Softmax cross-entropy over 1000 classes."""
+    here, size = make_backend("numpy"), batch * 1000
+    logits = np.random.default_rng(0).standard_normal((batch, 1000)).astype(np.float32)
+    labels = np.arange(batch) % 1000
+    there = backend.asarray(labels)
+    rotated = [backend.asarray(logits) for _ in range(copies_past_l2(backend, 8 * size))]
+
+    def launch(k: int) -> None:
+        backend.softmax_cross_entropy(rotated[k], there, 0.0)
+
+    results = zip(backend.softmax_cross_entropy(rotated[0], there, 0.0),
+                  here.softmax_cross_entropy(logits, labels, 0.0))
+    correct = all(np.allclose(backend.to_numpy(got), want, rtol=1e-5, atol=1e-7)
+                  for got, want in results)
+    seconds, spread = time_launches(backend, launch, len(rotated), 40 * size, windows)
+    return Measurement("softmax_cross_entropy 1000", 8 * size, seconds, spread, correct)
+
+
+def measure_adam(backend: Backend, batch: int, windows: int) -> Measurement:
+    """A step of Adam over as many parameters as the copied tensor has elements."""
+    size = batch * 28 * 28 * 32
+    data, grad = np.random.default_rng(0).standard_normal((2, size), np.float32)
+
+    def adam(on: Backend, n: int) -> optim.Adam:
+        model: Any = SimpleNamespace(backend=on, built=True, decayed_size=0,
+                                     flat_data=on.asarray(data[:n].copy()),
+                                     flat_grad=on.asarray(grad[:n]))
+        return optim.Adam(model)
+
+    results = []
+    for on in (backend, make_backend("numpy")):
+        optimizer = adam(on, 1025)
+        optimizer.step()
+        results.append(on.to_numpy(optimizer.model.flat_data))
+    step = adam(backend, size).step
+    seconds, spread = time_launches(backend, lambda k: step(), 1, 40 * size, windows)
+    return Measurement("Adam", 28 * size, seconds, spread,
+                       np.allclose(results[0], results[1], rtol=1e-5, atol=1e-6))
 
 
 def first_of(result: Any) -> Any:

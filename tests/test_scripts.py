@@ -387,7 +387,7 @@ def test_gpu_check_through_the_simulator(tmp_path):
     assert report["kernels"]["passed"]
     assert report["training"]["bitwise_equal"]
     rows = {row["kernel"]: row for row in report["kernels"]["rows"]}
-    assert len(rows) == 23
+    assert len(rows) == 25
     # One image of 28x28x32 float32 in, a quarter of it and a byte for each of those out.
     assert rows["max_pool 28x28x32"]["bytes"] == 28 * 28 * 32 * 4 + 14 * 14 * 32 * (4 + 1)
     assert rows["im2col 14x14x64"]["bytes"] == 14 * 14 * 64 * 4 * 10
