@@ -209,19 +209,20 @@ def softmax_cross_entropy(logits: Array, labels: Array, *, label_smoothing: floa
     (softmax(logits) - q) / n. Infinite logits give nan.
     """
     loss, dlogits, _ = cross_entropy_and_hits(logits, labels, label_smoothing=label_smoothing)
-    return loss, dlogits
+    return _as(dlogits.dtype, loss), dlogits
 
 
 def cross_entropy_and_hits(logits: Array, labels: Array, *, label_smoothing: float = 0.0,
                            loss_scale: Array | None = None) -> tuple[Array, Array, Array]:
     """softmax_cross_entropy, and how many labels are the first maximum of their row.
 
-    A row that holds a NaN counts as wrong. The number is a scalar of the backend, as the loss.
+    A row that holds a NaN counts as wrong. The number is a scalar of the backend, as the loss,
+    which is float32 here also where the logits, and their gradient, have 16 bits.
 
     loss_scale: None, or doubles of the backend, with the first of which dlogits are multiplied.
     """
     where = "softmax_cross_entropy"
-    backend, dtype, (logits,) = _receive(where, logits=logits)
+    backend, _, (logits,) = _receive(where, keep_short=True, logits=logits)
     if logits.ndim != 2:
         raise ValueError(f"{where}: logits must be (n, classes), got {logits.shape}")
     if not 0 <= label_smoothing < 1:
@@ -230,9 +231,7 @@ def cross_entropy_and_hits(logits: Array, labels: Array, *, label_smoothing: flo
     if n == 0:
         raise ValueError("loss of an empty batch is undefined (0 samples)")
     labels = check_labels(backend, labels, n, classes)
-    loss, dlogits, hits = backend.softmax_cross_entropy(logits, labels, label_smoothing,
-                                                        loss_scale)
-    return _as(dtype, loss), _as(dtype, dlogits), hits
+    return backend.softmax_cross_entropy(logits, labels, label_smoothing, loss_scale)
 
 
 def check_labels(backend: Backend, labels: Array, n: int, classes: int) -> Array:
@@ -299,11 +298,12 @@ def _plain_array(what: str, value: Any) -> Array:
                         "for torch by x.detach().cpu().float().numpy()") from e
 
 
-def _receive(where: str, **arrays: Any) -> tuple[Backend, np.dtype, list[Any]]:
+def _receive(where: str, keep_short: bool = False, **arrays: Any
+             ) -> tuple[Backend, np.dtype, list[Any]]:
     """The backend of the arrays, their dtype, and them as the backend takes them.
 
-    That is C-contiguous, of native byte order, and float32 in the place of float16. Only b and
-    residual may be None.
+    That is C-contiguous, of native byte order, and float32 in the place of 16-bit floats, unless
+    those are to be kept. Only b and residual may be None.
     """
     values = {k: None if v is None and k in ("b", "residual") else as_array(where, k, v)
               for k, v in arrays.items()}
@@ -317,7 +317,7 @@ def _receive(where: str, **arrays: Any) -> tuple[Backend, np.dtype, list[Any]]:
         if value.dtype.newbyteorder("=") != dtype:
             raise TypeError(f"{where}: {first} is {dtype}, {name} is {value.dtype}; cast one of "
                             f"them, e.g. {name}.astype('{dtype}')")
-    computed = np.dtype(np.float32) if dtype.itemsize == 2 else dtype
+    computed = np.dtype(np.float32) if dtype.itemsize == 2 and not keep_short else dtype
     return backend, dtype, [None if v is None else backend.asarray(v, computed)
                             for v in values.values()]
 

@@ -58,8 +58,8 @@ class Optimizer:
     clip_norm: the largest norm that all gradients together may have, as in clip_gradients(); the
         GPU is not waited for, and the gradients are not written.
     loss_scale: what the loss was multiplied with.
-    copy_to: a float16 or bfloat16 array as long as the parameters, to which each step writes the
-        new ones.
+
+    In mixed precision a step also writes the model's 16-bit copy of the parameters.
 
     An optimiser of one's own defines state_names and update(); on the GPU it runs as array code.
     """
@@ -68,16 +68,13 @@ class Optimizer:
     weight_decay = 0.0
 
     def __init__(self, model: Layer, learning_rate: float, *, clip_norm: float | None = None,
-                 loss_scale: LossScale | None = None, copy_to: Array | None = None):
+                 loss_scale: LossScale | None = None):
         if not model.built:
             raise RuntimeError("the optimizer needs a built model; call model.build(input_shape)")
         if clip_norm is not None:
             _check("clip_norm", clip_norm, 0, float("inf"))
-        if copy_to is not None and copy_to.shape != model.flat_data.shape:
-            raise ValueError(f"copy_to has shape {copy_to.shape}, the parameters have "
-                             f"{model.flat_data.shape}")
         self.model = model
-        self.clip_norm, self.loss_scale, self.copy_to = clip_norm, loss_scale, copy_to
+        self.clip_norm, self.loss_scale = clip_norm, loss_scale
         self.xp: Any = model.backend.xp
         self.state: dict[str, Array] = {n: self.xp.zeros_like(model.flat_data)
                                         for n in self.state_names}
@@ -124,7 +121,7 @@ class Optimizer:
             formula=self.update, rule=self.rule() if same else None,
             weight_decay=self.weight_decay, decayed_size=model.decayed_size,
             clip_norm=self.clip_norm, loss_scale=None if scale is None else scale.value,
-            growth_interval=1 if scale is None else scale.growth_interval, copy=self.copy_to))
+            growth_interval=1 if scale is None else scale.growth_interval, copy=model.flat_cast))
 
     def update(self, g: Array, *state: Array) -> Array:
         """What to subtract from a part of theta, given that part of g, which is not written, and
@@ -138,12 +135,14 @@ class Optimizer:
     def clip_gradients(self, limit: float) -> float:
         """Scale all gradients so that their joint Euclidean norm is at most `limit`.
 
-        Returns the norm before, for which it waits for the GPU; clip_norm does not. Pascanu,
-        Mikolov and Bengio 2013. The squares are added as doubles, in an order that depends on the
-        number of parameters alone.
+        Returns the norm before, for which it waits for the GPU; clip_norm does not. Both are those
+        without the loss scale, where there is one. Pascanu, Mikolov and Bengio 2013. The squares
+        are added as doubles, in an order that depends on the number of parameters alone.
         """
         backend, g = self.model.backend, self.model.flat_grad
         norm = float(backend.to_numpy(backend.sum_of_squares(g)).sum()) ** 0.5
+        if self.loss_scale is not None:
+            norm /= float(self.loss_scale)
         if norm > limit:
             g *= limit / norm
         return norm

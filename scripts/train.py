@@ -22,6 +22,7 @@ from gpucnn.backend import Backend
 from gpucnn.data import Augmentation, Dataset, Loader
 from gpucnn.files import write_atomically
 from gpucnn.models import MODELS, save_model
+from gpucnn.precision import PRECISIONS
 from gpucnn.training import check_finite, evaluate, train_step
 from gpucnn.viz import plot_confusion, plot_curves, require_matplotlib
 
@@ -46,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="(default: %(default)s)")
     p.add_argument("--learning-rate", type=cli.positive_float, metavar="ETA",
                    help="(default: the optimizer's own)")
+    p.add_argument("--precision", choices=PRECISIONS[:4], default="float32",
+                   help="tf32 and mixed ones need a GPU with tensor cores (default: %(default)s)")
     p.add_argument("--label-smoothing", type=cli.share, default=0.0, metavar="S",
                    help="share of each label given to all classes (default: %(default)s)")
     p.add_argument("--clip-norm", type=cli.positive_float, metavar="NORM",
@@ -83,12 +86,14 @@ def train(arguments: argparse.Namespace, backend: Backend, train_set: Dataset, t
           run: Path) -> None:
     """Train as the arguments say, and leave all that comes of it in the folder `run`."""
     model = MODELS[arguments.model](train_set.n_classes)
-    model.build(train_set.images.shape[1:], seed=arguments.seed)
-    loss = losses.SoftmaxCrossEntropy(arguments.label_smoothing)
+    model.build(train_set.images.shape[1:], seed=arguments.seed, precision=arguments.precision)
+    # Small gradients vanish in float16; bfloat16 has the range of float32.
+    scale = optim.LossScale(model) if arguments.precision == "mixed_float16" else None
+    loss = losses.SoftmaxCrossEntropy(arguments.label_smoothing, loss_scale=scale)
     make_optimizer, options = OPTIMIZERS[arguments.optimizer]
     if arguments.learning_rate:
         options = options | {"learning_rate": arguments.learning_rate}
-    optimizer = make_optimizer(model, **options)
+    optimizer = make_optimizer(model, clip_norm=arguments.clip_norm, loss_scale=scale, **options)
     loader = Loader(train_set, arguments.batch_size, seed=arguments.seed, augmentation=Augmentation(
         crop=arguments.crop, flip=arguments.flip, cutout=arguments.cutout))
     test_loader = Loader(test_set, EVALUATION_BATCH)
@@ -131,6 +136,7 @@ def train(arguments: argparse.Namespace, backend: Backend, train_set: Dataset, t
         "epochs": arguments.epochs, "batch_size": arguments.batch_size,
         "optimizer": arguments.optimizer, "learning_rate": optimizer.learning_rate,
         "label_smoothing": arguments.label_smoothing, "clip_norm": arguments.clip_norm,
+        "precision": arguments.precision,
         "crop": arguments.crop, "flip": arguments.flip, "cutout": arguments.cutout,
         "seed": arguments.seed, "train_set": train_set.name, "train_images": len(train_set),
         "test_images": len(test_set), "versions": {
@@ -148,7 +154,7 @@ def train_epoch(model, loss, optimizer, loader, epoch, arguments, history, last_
               bar_format="{desc} |{bar}| {remaining} left, {rate_fmt}{postfix}", disable=None,
               leave=False) as bar:
         for step, (x, t) in enumerate(loader.epoch(epoch - 1), 1):
-            value, right = train_step(model, loss, optimizer, x, t, clip_norm=arguments.clip_norm)
+            value, right = train_step(model, loss, optimizer, x, t)
             check_finite(value, epoch=epoch, step=step, learning_rate=optimizer.learning_rate,
                          last_good=last_good)
             history["step"].append(optimizer.steps)
