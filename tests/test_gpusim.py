@@ -292,3 +292,44 @@ sys.exit(bool(missing))
     if result.returncode == 77:
         pytest.skip("CuPy is not installed")
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_graph_does_again_what_was_captured():
+    x = fake_cupy.asarray(np.arange(8, dtype=np.float32))
+    y, total = fake_cupy.empty(8, np.float32), fake_cupy.zeros(8, np.float32)
+    kernel, stream = RawModule(code=SOURCE).get_function("scale"), fake_cupy.cuda.Stream(
+        non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        kernel((1,), (8,), (x, y, np.float32(2), np.int32(8)))
+        total += y + 1
+        graph = stream.end_capture()
+    total[...] = 0
+    x += 1
+    graph.launch(stream)
+    graph.launch()
+    np.testing.assert_array_equal(total.get(), 2 * (2 * np.arange(1, 9) + 1))
+
+
+@pytest.mark.parametrize("refused", [
+    lambda x: x.get(), lambda x: float(x.sum()), lambda x: bool((x > 0).any()),
+    lambda x: x.set(np.ones((2, 2))), lambda x: fake_cupy.asarray(np.ones(2)), lambda x: x @ x,
+    lambda x: fake_cupy.cuda.Device().synchronize()])
+def test_what_cupy_refuses_while_a_graph_is_captured(refused):
+    x, stream = fake_cupy.asarray(np.ones((2, 2))), fake_cupy.cuda.Stream(non_blocking=True)
+    stream.begin_capture()
+    try:
+        with pytest.raises((RuntimeError, NotImplementedError), match="captur"):
+            refused(x)
+    finally:
+        stream.end_capture()
+    refused(x)
+
+
+def test_torch_reads_an_array_where_it_lies():
+    torch = pytest.importorskip("torch")
+    x = fake_cupy.zeros((2, 3), np.float32)
+    tensor = torch.from_dlpack(x)
+    x[0, 1] = 5
+    assert tensor[0, 1] == 5
+    assert fake_cupy.from_dlpack(tensor)[0, 1].get() == 5

@@ -2,14 +2,19 @@
 
 It is stricter than CuPy: each argument of a kernel is checked against the kernel's C signature, and
 nothing is converted between NumPy and the device unasked. Functions that are not here are NumPy's.
+
+What is done between begin_capture() and end_capture() is done at once, and again by each launch of
+the graph. Until then what CuPy refuses there is refused: copies from and to the host, and cuBLAS.
 """
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import re
 import time
 import types
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +24,7 @@ from tests.gpusim import engine
 
 __version__ = f"{np.__version__}+gpusim"
 launches: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []  # (kernel, grid, block)
+capturing: list[Callable[[], Any]] | None = None  # what the graph that is captured now does
 options: dict[str, Any] = {"order": "ascending", "seed": 0}  # in which the threads of a block start
 
 _ALIGNMENT = 256                  # bytes, of CUDA's allocations
@@ -38,10 +44,13 @@ class ndarray(NDArrayOperatorsMixin):
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
         if any(isinstance(i, np.ndarray) for i in inputs):
             raise TypeError("Unsupported type <class 'numpy.ndarray'>")
-        return _wrap(getattr(ufunc, method)(*_unwrap(inputs), **_unwrap(kwargs)))
+        if ufunc is np.matmul and capturing is not None:
+            raise NotImplementedError("calling cuBLAS API during stream capture is currently "
+                                      "unsupported")
+        return _do(getattr(ufunc, method), inputs, kwargs)
 
     def __array_function__(self, function, kinds, args, kwargs):
-        return _wrap(function(*_unwrap(args), **_unwrap(kwargs)))
+        return _do(function, args, kwargs)
 
     def __array__(self, *args, **kwargs):
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()` "
@@ -53,15 +62,15 @@ class ndarray(NDArrayOperatorsMixin):
         value = getattr(self._host, name)
         if not callable(value):
             return _wrap(value)
-        return lambda *args, **kwargs: _wrap(value(*_unwrap(args), **_unwrap(kwargs)))
+        return lambda *args, **kwargs: _do(value, args, kwargs)
 
     def __getitem__(self, index):
-        return _wrap(self._host[_unwrap(index)])
+        return _do(self._host.__getitem__, (index,), {})
 
     def __setitem__(self, index, value):
         if isinstance(value, np.ndarray) and value.ndim:
             raise TypeError("Unsupported type <class 'numpy.ndarray'>")
-        self._host[_unwrap(index)] = _unwrap(value)
+        _do(self._host.__setitem__, (index, value), {})
 
     def __iter__(self):
         return (_wrap(item) for item in self._host)
@@ -70,24 +79,36 @@ class ndarray(NDArrayOperatorsMixin):
         return len(self._host)
 
     def __float__(self):
+        _refuse_in_a_graph()
         return float(self._host)
 
     def __int__(self):
+        _refuse_in_a_graph()
         return int(self._host)
 
     def __index__(self):
+        _refuse_in_a_graph()
         return self._host.__index__()
 
     def __bool__(self):
+        _refuse_in_a_graph()
         return bool(self._host)
 
     def __repr__(self):
         return repr(self._host)
 
+    def __dlpack__(self, **options):
+        return self._host.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self._host.__dlpack_device__()
+
     def get(self):
+        _refuse_in_a_graph()
         return self._host.copy()
 
     def set(self, array):
+        _refuse_in_a_graph()
         self._host[...] = array
 
     @property
@@ -115,6 +136,30 @@ def _unwrap(value: Any) -> Any:
     if type(value) in (tuple, list):
         return type(value)(map(_unwrap, value))
     return {k: _unwrap(v) for k, v in value.items()} if type(value) is dict else value
+
+
+def _do(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """What the function of NumPy makes of the arrays; a graph that is captured does it again."""
+    args, kwargs = _unwrap(tuple(args)), _unwrap(kwargs)
+    result = _wrap(function(*args, **kwargs))
+    if capturing is not None:
+        capturing.append(lambda: _copy(function(*args, **kwargs), result))
+    return result
+
+
+def _copy(new: Any, old: Any) -> None:
+    """Write arrays to where the first call left its results, unless they are views of the same."""
+    if isinstance(new, (tuple, list)):
+        for pair in zip(new, old):
+            _copy(*pair)
+    elif isinstance(old, ndarray) and not np.may_share_memory(new, old._host):
+        old._host[...] = new
+
+
+def _refuse_in_a_graph() -> None:
+    if capturing is not None:
+        raise RuntimeError("the current stream is capturing, so synchronous API calls are "
+                           "disallowed")
 
 
 def _align(array: np.ndarray) -> np.ndarray:
@@ -157,6 +202,8 @@ def zeros(shape, dtype=float):
 
 
 def array(value, dtype=None, copy=True):
+    if not isinstance(value, ndarray):
+        _refuse_in_a_graph()
     return _wrap(np.array(_unwrap(value), dtype=dtype, order="C"))
 
 
@@ -178,7 +225,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(np, name)
     if isinstance(value, type) or not callable(value):
         return value
-    return lambda *args, **kwargs: _wrap(value(*_unwrap(args), **_unwrap(kwargs)))
+    return lambda *args, **kwargs: _do(value, args, kwargs)
 
 
 # ------------------------------------------------------------------------------------- kernels
@@ -231,9 +278,17 @@ class RawKernel:
         regions: list[tuple[engine.Region, bool]] = []
         values = [self._value(i, arg, code, regions)
                   for i, (arg, code) in enumerate(zip(args, self._signature))]
-        launches.append((self.name, grid, block))
-        self._module.launch(self.name, grid, block, [v.ctypes.data for v in values],
-                            _merge(self.name, regions), shared_mem, **options)
+        merged = _merge(self.name, regions)
+
+        def launch():
+            assert args  # keeps the arrays alive
+            launches.append((self.name, grid, block))
+            self._module.launch(self.name, grid, block, [v.ctypes.data for v in values], merged,
+                                shared_mem, **options)
+
+        launch()
+        if capturing is not None:
+            capturing.append(launch)
 
     def _value(self, number: int, arg: Any, code: str, regions: list) -> np.ndarray:
         """The bytes that the kernel receives; for an array, its address. Notes its memory."""
@@ -309,7 +364,7 @@ class _Device:
         self.id = number
 
     def synchronize(self):
-        pass
+        _refuse_in_a_graph()
 
 
 class _Event:
@@ -326,7 +381,47 @@ class _Event:
 
 
 class _Stream:
+    ptr = 0
+
+    def __init__(self, *, non_blocking=False):
+        self.non_blocking = non_blocking
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
     def synchronize(self):
+        _refuse_in_a_graph()
+
+    def begin_capture(self):
+        global capturing
+        if not self.non_blocking:
+            raise RuntimeError("cannot capture on the default (legacy) stream")
+        capturing = []
+
+    def end_capture(self):
+        global capturing
+        assert capturing is not None
+        graph, capturing = _Graph(capturing), None
+        return graph
+
+
+class _Graph:
+    def __init__(self, steps: list[Callable[[], Any]]):
+        self._steps = steps
+
+    def launch(self, stream=None):
+        for step in self._steps:
+            step()
+
+
+class _MemoryPool:
+    def malloc(self, size):
+        raise NotImplementedError("the stand-in's memory comes from NumPy")
+
+    def free_all_blocks(self):
         pass
 
 
@@ -341,9 +436,12 @@ cuda.is_available = lambda: True  # type: ignore[attr-defined]
 cuda.get_elapsed_time = (  # type: ignore[attr-defined]
     lambda start, end: 1e3 * (end.seconds - start.seconds))
 cuda.get_current_stream = _Stream  # type: ignore[attr-defined]
+cuda.MemoryPool = _MemoryPool  # type: ignore[attr-defined]
+cuda.using_allocator = lambda allocator: contextlib.nullcontext()  # type: ignore[attr-defined]
 cuda.compiler = types.SimpleNamespace(  # type: ignore[attr-defined]
     CompileException=CompileException)
 cuda.memory = types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)  # type: ignore[attr-defined]
+get_default_memory_pool = _MemoryPool
 cuda.runtime = types.SimpleNamespace(  # type: ignore[attr-defined]
     CUDARuntimeError=CUDARuntimeError, getDeviceCount=lambda: 1, driverGetVersion=lambda: 13000,
     runtimeGetVersion=lambda: 13000, getDeviceProperties=_device_properties,
