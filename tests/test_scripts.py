@@ -21,7 +21,6 @@ import pytest
 
 from gpucnn.data import fashion_mnist
 from gpucnn.models import load_model, save_model
-from scripts import gpu_check
 from tests import gpusim
 from tests.conftest import CUPY_RUNS
 
@@ -345,50 +344,3 @@ def test_the_cupy_code_gives_the_same_loss_curve(tmp_path):
     np.testing.assert_allclose(curves["a"], curves["numpy"], rtol=1e-4)
     assert json.loads((tmp_path / "a" / "metrics.json").read_text())["backend"] == "cupy"
     run("scripts.evaluate", "--run", tmp_path / "a")  # saved on one backend, read on the other
-
-
-def test_gpu_check_without_a_gpu_says_so(tmp_path):
-    (tmp_path / "cupy.py").write_text("raise ModuleNotFoundError('no', name='cupy')")
-    result = run("scripts.gpu_check", code=2, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
-    assert error_of(result) == ("gpucnn: error: gpu_check needs a GPU, but CuPy is not installed; "
-                                "pip install 'gpucnn[cuda12]' (or cuda13)")
-
-
-@pytest.mark.skipif(not gpusim.available()[0], reason=gpusim.available()[1])
-def test_gpu_check_without_pytest_says_so(tmp_path):
-    (tmp_path / "pytest.py").write_text("raise ModuleNotFoundError('no', name='pytest')")
-    result = run("tests.gpusim", "scripts.gpu_check", "--only", "tests", code=2,
-                 PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
-    assert error_of(result) == ("gpucnn: error: the tests need pytest; pip install -e '.[test]', "
-                                "or choose other sections with --only")
-
-
-def test_gpu_check_shows_what_tests_without_results_printed(monkeypatch):
-    monkeypatch.setattr(gpu_check, "run_child", lambda *args: (False, "no such option"))
-    assert gpu_check.run_tests(None, None) == {
-        "passed": False, "summary": "pytest left no results\nno such option"}
-
-
-def test_gpu_check_ends_what_takes_too_long():
-    sleeper = "import time; print('so far', flush=True); time.sleep(60)"
-    passed, output = gpu_check.run_child([sys.executable, "-c", sleeper], 2)
-    assert not passed
-    assert output == "so far\n\nended after 2 s"
-
-
-@pytest.mark.skipif(not gpusim.available()[0], reason=gpusim.available()[1])
-def test_gpu_check_through_the_simulator(tmp_path):
-    out = tmp_path / "report.json"
-    result = run("tests.gpusim", "scripts.gpu_check", "--only", "kernels", "--only", "training",
-                 "--batch-size", "1", "--windows", "1", "--images", "16", "--out", out,
-                 GPUSIM_CHECKS="off")
-    report = json.loads(out.read_text())
-    assert report["machine"]["gpu"] == "gpusim (CPU)"
-    assert report["kernels"]["passed"]
-    assert report["training"]["bitwise_equal"]
-    rows = {row["kernel"]: row for row in report["kernels"]["rows"]}
-    assert len(rows) == 25
-    # One image of 28x28x32 float32 in, a quarter of it and a byte for each of those out.
-    assert rows["max_pool 28x28x32"]["bytes"] == 28 * 28 * 32 * 4 + 14 * 14 * 32 * (4 + 1)
-    assert rows["im2col 14x14x64"]["bytes"] == 14 * 14 * 64 * 4 * 10
-    assert result.stdout.splitlines()[-1] == str(out)
