@@ -122,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_direct_weight_gradien
             for (int t = 0; t < TERMS; ++t) {
                 int iy = p.y * sh + from_y[t], ix = p.x * sw + from_x[t];
                 bool inside = iy >= 0 && iy < h && ix >= 0 && ix < w;
-                index_t pixel = offset_of(p.n, iy, ix, 0, h, w, 1);
+                index_t pixel = inside ? offset_of(p.n, iy, ix, 0, h, w, 1) : 0;
                 Scalars read = inputs_of(x, inside, pixel, c, o, input[t]);
                 for (int v = 0; v < VEC; ++v)
                     sums[t][v] += (accum_t)read.at[v] * (accum_t)g.at[v];

@@ -26,6 +26,7 @@ MAX_SPLITS = 64
 TERMS_A_SPLIT = 256    # at least: a block must have something to do before it writes its slab
 BLOCKS_EACH = 2        # blocks that a multiprocessor runs at a time
 TERM_BYTES = 64        # of k that a tile of tensor_tile.cuh is long
+WGMMA_ALIGNMENT = 1024  # bytes, of wgmma_tile.cuh's tiles
 # Products that a GPU does in the time in which it moves 4 bytes, without and with tensor cores.
 PRODUCTS_A_WORD, TENSOR_PRODUCTS_A_WORD = 40, 300
 
@@ -33,7 +34,8 @@ PRODUCTS_A_WORD, TENSOR_PRODUCTS_A_WORD = 40, 300
 class Tile(NamedTuple):
     """How a block divides its m x n part of a matrix product.
 
-    part_m, part_n: the sums of a thread, or with `stages` those of a warp on tensor cores.
+    part_m, part_n: the sums of a thread, or with `stages` those of a warp on tensor cores, with
+        wgmma those of a warpgroup.
     stages: how many tiles of the factors are in shared memory at a time; 0 without tensor cores.
     speed: its share of the largest tile's products per second, while it is full.
     """
@@ -44,17 +46,19 @@ class Tile(NamedTuple):
     part_n: int
     speed: float
     stages: int = 0
+    wgmma: bool = False
 
     @property
     def threads(self) -> int:
-        return self.m * self.n // (self.part_m * self.part_n) * (32 if self.stages else 1)
+        threads_a_part = 128 if self.wgmma else 32 if self.stages else 1
+        return self.m * self.n // (self.part_m * self.part_n) * threads_a_part
 
     @property
     def constants(self) -> dict[str, int]:
-        """What gemm_tile.cuh or tensor_tile.cuh leaves to the launcher."""
+        """What gemm_tile.cuh, tensor_tile.cuh or wgmma_tile.cuh leaves to the launcher."""
         if self.stages:
             return {"TILE_M": self.m, "TILE_N": self.n, "WARP_M": self.part_m,
-                    "WARP_N": self.part_n, "STAGES": self.stages}
+                    "WARP_N": self.part_n, "STAGES": self.stages, "WGMMA": int(self.wgmma)}
         return {"TILE_M": self.m, "TILE_N": self.n, "QUADS_M": self.part_m // 4,
                 "QUADS_N": self.part_n // 4}
 
@@ -62,9 +66,11 @@ class Tile(NamedTuple):
         """Bytes of dynamic shared memory that a block of a kernel on tensor cores needs."""
         if not self.stages:
             return 0
+        corners = self.threads // 32 * 16 * (self.part_n + 8) * 4
+        if self.wgmma:
+            return max(self.stages * (self.m + self.n) * 128, corners) + WGMMA_ALIGNMENT
         k, gap = TERM_BYTES // itemsize, 32 if itemsize == 4 else 0
         a = k * (self.m * itemsize + gap) if weight_gradient else self.m * TERM_BYTES
-        corners = self.threads // 32 * 16 * (self.part_n + 8) * 4
         return max(self.stages * (a + k * (self.n * itemsize + gap)), corners)
 
 
@@ -72,6 +78,10 @@ TILES = (Tile(128, 128, 8, 8, 1.0), Tile(128, 64, 8, 8, 0.9), Tile(64, 64, 8, 8,
          Tile(32, 32, 4, 4, 0.4))
 TENSOR_TILES = (Tile(128, 128, 64, 32, 1.0, 4), Tile(128, 64, 64, 32, 0.9, 4),
                 Tile(64, 64, 32, 32, 0.7, 4), Tile(32, 32, 16, 16, 0.3, 3))
+# For 16-bit elements on sm_90. `auto` leaves them out until they have been measured: gpu_check.py
+# times them beside the others.
+WGMMA_TILES = (Tile(128, 128, 128, 128, 1.0, 4, True), Tile(256, 128, 128, 128, 1.0, 4, True),
+               Tile(128, 64, 128, 64, 0.9, 4, True))
 
 
 class Plan(NamedTuple):
@@ -88,7 +98,8 @@ class Plan(NamedTuple):
         return -(-rows // self.tile.m) * -(-columns // self.tile.n) * self.splits
 
     def __str__(self) -> str:
-        cores = " on tensor cores" if self.tile and self.tile.stages else ""
+        cores = "" if not self.tile or not self.tile.stages else (
+            " by wgmma" if self.tile.wgmma else " on tensor cores")
         tile = f" {self.tile.m}x{self.tile.n}{cores}" if self.tile else ""
         return f"{self.algorithm}{tile}" + (f" / {self.splits}" if self.splits > 1 else "")
 
@@ -254,7 +265,7 @@ def forward(p: Problem, plan: Plan, x: Any, w: Any, b: Any, residual: Any,
             activation: str | None) -> Any:
     """y = g(x * w + b + residual), by a plan that is not im2col's. b and residual may be None."""
     y = cupy.empty((p.n, p.oh, p.ow, p.c_out), x.dtype)
-    activated = {"ACTIVATION": _activation_code(activation)}
+    activated: dict[str, Any] = {"ACTIVATION": _activation_code(activation)}
     if plan.tile is None:
         vec = _wide(p.c_out, x, w, y)
         _direct(y.size // vec, x, w, b, residual, y, *p.arguments, p.c_out, vec=vec,
@@ -336,7 +347,7 @@ def _activation_code(activation: str | None) -> int:
     return 0 if activation is None else 1 + activations.NAMES.index(activation)
 
 
-def _direct_constants(p: Problem) -> dict[str, int]:
+def _direct_constants(p: Problem) -> dict[str, Any]:
     return {"DEPTHWISE": int(p.depthwise), "TERMS": DIRECT_TERMS}
 
 
@@ -345,7 +356,7 @@ def _slab_array(plan: Plan, size: int, dtype: np.dtype) -> Any:
 
 
 def _options(tile: Tile, ordinary: Kernel, tensor: Kernel, terms: int, results: int,
-             arrays: tuple) -> tuple[Kernel, dict[str, int]]:
+             arrays: tuple) -> tuple[Kernel, dict[str, Any]]:
     """Which kernel computes a product in such tiles, and what it is launched with.
 
     terms, results: channels that are neighbours in memory among the terms, and the results.
@@ -353,7 +364,8 @@ def _options(tile: Tile, ordinary: Kernel, tensor: Kernel, terms: int, results: 
     if tile.stages:
         itemsize = arrays[0].itemsize
         return tensor, {"vec": 16 // itemsize, **tile.constants,
-                        "shared": tile.shared(itemsize, tensor is _tensor_weight_gradient)}
+                        "shared": tile.shared(itemsize, tensor is _tensor_weight_gradient),
+                        "architecture": "sm_90a" if tile.wgmma else ""}
     return ordinary, {"vec": _four(terms, *arrays), "VEC_N": _four(results, *arrays),
                       **tile.constants}
 

@@ -163,17 +163,18 @@ class Kernel:
 
     def __init__(self, file: str, name: str):
         self.file, self.name = file, name
-        self._compiled: dict[tuple[tuple[str, ...], int, Variant], Any] = {}
+        self._compiled: dict[tuple[tuple[str, ...], int, Variant, str], Any] = {}
 
-    def __call__(self, threads: int, *args: Any, vec: int = 1, **constants: int) -> None:
+    def __call__(self, threads: int, *args: Any, vec: int = 1, **constants: Any) -> None:
         """Launch at least `threads` threads; each one handles `vec` channels. None for none."""
         self.launch(launch_grid(threads), BLOCK, *args, vec=vec, **constants)
 
     def launch(self, grid: int | tuple[int, ...], block: int, *args: Any, vec: int = 1,
-               shared: int = 0, **constants: int) -> None:
+               shared: int = 0, architecture: str = "", **constants: int) -> None:
         """Launch a grid of blocks of `block` threads; nothing where a side of the grid is 0.
 
         shared: bytes of dynamic shared memory a block.
+        architecture: to compile for, such as sm_90a; the device's own where it is not given.
         constants: what the .cu file leaves to #define.
         """
         import cupy
@@ -189,10 +190,10 @@ class Kernel:
         grid = grid if isinstance(grid, tuple) else (grid,)
         if min(grid) < 1:
             return
-        key = (*texts, _read(directory, "common.cuh")), device, variant
+        key = (*texts, _read(directory, "common.cuh")), device, variant, architecture
         function = self._compiled.get(key)
         if function is None:
-            function = compile_kernel(directory, self.file, self.name, variant)
+            function = compile_kernel(directory, self.file, self.name, variant, architecture)
             if shared > MAX_STATIC_SHARED:
                 function.max_dynamic_shared_size_bytes = shared
             self._compiled[key] = function
@@ -204,12 +205,14 @@ def launch_grid(threads: int) -> int:
     return min(-(-threads // BLOCK), MAX_GRID)
 
 
-def compile_kernel(directory: Path, file: str, name: str, variant: Variant) -> Any:
+def compile_kernel(directory: Path, file: str, name: str, variant: Variant,
+                   architecture: str = "") -> Any:
     """The compiled function. Raises KernelError with the file, the line and the architecture."""
     import cupy
 
     try:
-        return _module(read_source(directory, file, variant)).get_function(name)
+        source = read_source(directory, file, variant)
+        return _module(source, architecture).get_function(name)
     except cupy.cuda.compiler.CompileException as e:
         lines = str(e).splitlines()
         cause = next((line.strip() for line in lines if "error" in line), lines[0])
@@ -224,11 +227,12 @@ def compile_kernel(directory: Path, file: str, name: str, variant: Variant) -> A
 
 
 @functools.cache
-def _module(source: str) -> Any:
+def _module(source: str, architecture: str) -> Any:
     """What CuPy compiles, at the first get_function(), for all kernels of the file."""
     import cupy
 
-    return cupy.RawModule(code=source, options=("-std=c++17",))
+    own = (f"-arch={architecture}",) if architecture else ()
+    return cupy.RawModule(code=source, options=("-std=c++17", *own))
 
 
 def _read(directory: Path, file: str) -> str:
