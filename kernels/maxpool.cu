@@ -6,12 +6,16 @@
 //
 // Padding counts as minus infinity. The first maximum in row-major order wins a tie, and a NaN
 // beats every number. The caller refuses windows that lie wholly in the padding.
+//
+// With relu, y = max(0, the maximum): the same as pooling after a ReLU, which need not be computed
+// for all of x then. The mask holds (mask_t)-1, which is no place, where the maximum is not above 0,
+// so that one gather is the backward pass of both, and needs neither x nor y.
 
 // One thread finds the maxima of VEC channels.
 extern "C" __global__ void max_pool(
-    const scalar_t* __restrict__ x, scalar_t* __restrict__ y, mask_t* __restrict__ mask,
+    const scalar_t* __restrict__ x, scalar_t* __restrict__ y, mask_t* __restrict__ mask_or_null,
     int n, int h, int w, int c, int oh, int ow,
-    int kh, int kw, int sh, int sw, int top, int left, int dh, int dw)
+    int kh, int kw, int sh, int sw, int top, int left, int dh, int dw, int relu)
 {
     const int cv = c / VEC;
     GRID_STRIDE_LOOP(i, (index_t)n * oh * ow * cv) {
@@ -37,8 +41,14 @@ extern "C" __global__ void max_pool(
                 none_yet = false;
             }
         }
+        if (relu)
+            for (int v = 0; v < VEC; ++v)
+                if (best.at[v] <= 0) {
+                    best.at[v] = 0;
+                    place.at[v] = (mask_t)-1;
+                }
         store(y, i, best);
-        store_masks(mask, i, place);
+        if (mask_or_null) store_masks(mask_or_null, i, place);
     }
 }
 

@@ -44,6 +44,7 @@ LAYERS = {
     "MaxPool2D": (lambda: MaxPool2D(2), IMAGE),
     "MaxPool2D overlap": (lambda: MaxPool2D(3, stride=2, padding=1), IMAGE),
     "MaxPool2D dilated": (lambda: MaxPool2D(2, stride=1, dilation=2), IMAGE),
+    "MaxPool2D relu": (lambda: MaxPool2D(2, activation="relu"), IMAGE),
     "AvgPool2D": (lambda: AvgPool2D(2), IMAGE),
     "AvgPool2D overlap": (lambda: AvgPool2D((3, 2), stride=(2, 1), padding="same"), IMAGE),
     "GlobalAvgPool2D": (lambda: GlobalAvgPool2D(), IMAGE),
@@ -328,3 +329,30 @@ def test_summary_of_the_articles_network(capsys):
     model.build((28, 28, 1))
     with pytest.raises(ValueError, match="built for input"):
         model.summary((32, 32, 1))
+
+
+@pytest.mark.parametrize(("size", "options"), [
+    (2, {}), (3, {"stride": 2, "padding": 1}), ((2, 3), {"stride": 1, "dilation": (2, 1)}),
+    ((16, 17), {"padding": ((8, 8), (7, 8)), "stride": (3, 2)})])  # a mask of int32
+def test_pooling_with_relu_is_pooling_after_relu(size, options, backend, rng):
+    """Bit for bit, forward and backward: zeros, ties, negative windows, NaN and infinities."""
+    values = np.array([-np.inf, -2, -1, -0.0, 0, 1, 2, np.inf, np.nan], np.float32)
+    x = backend.asarray(rng.choice(values, (3, 9, 8, 5), p=[.05, .3, .2, .1, .1, .1, .1, .03, .02]))
+    apart = Sequential([ReLU(), MaxPool2D(size, **options)])
+    fused = MaxPool2D(size, **options, activation="relu")
+    results = []
+    for layer in (apart, fused):
+        layer.build(x.shape[1:])
+        inference = layer.forward(x)
+        y = layer.forward(x, training=True)
+        dy = backend.asarray(np.random.default_rng(1).standard_normal(y.shape).astype(np.float32))
+        results.append([backend.to_numpy(a) + 0 for a in (inference, y, layer.backward(dy))])
+    for want, got in zip(*results):  # + 0: -0 and 0 are alike
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+def test_pooling_takes_no_other_activation(activation):
+    with pytest.raises(ValueError, match=f"MaxPool2D: activation '{activation}' is not known; use "
+                                         "None, 'relu'"):
+        MaxPool2D(2, activation=activation)

@@ -120,6 +120,8 @@ TABLE = {
                              max_pool(3, (2, 1), 1)),
     "MaxPool2D dilation": Row(lambda: MaxPool2D(2, stride=1, dilation=(3, 2)), IMAGE,
                               max_pool(2, 1, 0, (3, 2))),
+    "MaxPool2D relu": Row(lambda: MaxPool2D((2, 3), stride=2, activation="relu"), IMAGE,
+                          chain(lambda x, p: F.relu(x), max_pool((2, 3), 2))),
     "AvgPool2D": Row(lambda: AvgPool2D((2, 3)), IMAGE, avg_pool((2, 3))),
     "AvgPool2D padding": Row(lambda: AvgPool2D(3, stride=2, padding=((1, 0), (0, 1))), IMAGE,
                              avg_pool(3, 2, pad=(0, 1, 1, 0))),
@@ -157,6 +159,11 @@ TABLE = {
         lambda: Residual(Sequential([Conv2D(4, 1), BatchNorm()]), activation="relu"), IMAGE,
         lambda x, p: F.relu(chain(conv(at="body/conv1/"), batch_norm("body/norm1/"))(x, p) + x),
         (3, 1)),
+    "Residual of a convolution": Row(
+        lambda: Residual(Sequential([Conv2D(3, 1, activation="tanh"), Conv2D(4, 3, padding=1)]),
+                         activation="leaky_relu"), IMAGE,
+        lambda x, p: F.leaky_relu(chain(conv("tanh", at="body/conv1/"), conv(
+            pad=(1, 1, 1, 1), at="body/conv2/"))(x, p) + x)),
     "Concat": Row(
         lambda: Concat([Conv2D(3, 1), MaxPool2D(3, stride=1, padding=1),
                         Sequential([Conv2D(2, 3, padding="same", activation="relu", name="in"),

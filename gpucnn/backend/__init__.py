@@ -105,8 +105,12 @@ class Backend(Protocol):
     def col2im(self, cols: Array, x_shape: tuple[int, ...], window: Window) -> Array:
         """The adjoint of im2col: cols (n * oh * ow, kh * kw * c) -> x_shape."""
 
-    def max_pool(self, x: Array, window: Window) -> tuple[Array, Array]:
-        """x (n, h, w, c) -> y and mask (n, oh, ow, c); mask holds ky * kw + kx of each maximum."""
+    def max_pool(self, x: Array, window: Window, relu: bool = False, want_mask: bool = True
+                 ) -> tuple[Array, Array | None]:
+        """x (n, h, w, c) -> y and mask (n, oh, ow, c); mask holds ky * kw + kx of each maximum.
+
+        relu: y is max(0, the maximum), and the mask holds -1, in a byte 255, where that is 0.
+        """
 
     def max_pool_backward(self, dy: Array, mask: Array, x_shape: tuple[int, ...],
                           window: Window) -> Array:

@@ -127,10 +127,11 @@ class CupyBackend:
         _launch(_col2im, x.size, (cols, x), x_shape, window)
         return x
 
-    def max_pool(self, x: Any, window: Window) -> tuple[Any, Any]:
+    def max_pool(self, x: Any, window: Window, relu: bool = False, want_mask: bool = True
+                 ) -> tuple[Any, Any]:
         y = cupy.empty(_output_shape(x.shape, window), x.dtype)
-        mask = cupy.empty(y.shape, window.mask_dtype)
-        _launch(_max_pool, y.size, (x, y, mask), x.shape, window)
+        mask = cupy.empty(y.shape, window.mask_dtype) if want_mask else None
+        _launch(_max_pool, y.size, (x, y, mask), x.shape, window, (window.dh, window.dw, int(relu)))
         return y, mask
 
     def max_pool_backward(self, dy: Any, mask: Any, x_shape: tuple[int, ...],
@@ -141,12 +142,12 @@ class CupyBackend:
 
     def avg_pool(self, x: Any, window: Window) -> Any:
         y = cupy.empty(_output_shape(x.shape, window), x.dtype)
-        _launch(_avg_pool, y.size, (x, y), x.shape, window, dilation=())
+        _launch(_avg_pool, y.size, (x, y), x.shape, window, ())
         return y
 
     def avg_pool_backward(self, dy: Any, x_shape: tuple[int, ...], window: Window) -> Any:
         dx = cupy.empty(x_shape, dy.dtype)
-        _launch(_avg_pool_backward, dx.size, (dy, dx), x_shape, window, dilation=())
+        _launch(_avg_pool_backward, dx.size, (dy, dx), x_shape, window, ())
         return dx
 
     def dropout(self, x: Any, rate: float, key: int, stream: int) -> Any:
@@ -248,13 +249,16 @@ def _output_shape(x_shape: tuple[int, ...], window: Window) -> tuple[int, ...]:
 
 
 def _launch(kernel: Kernel, elements: int, arrays: tuple, x_shape: tuple[int, ...],
-            window: Window, dilation: tuple[int, ...] | None = None) -> None:
-    """Launch a kernel that slides `window` over x: one thread for each 16 bytes of its result."""
+            window: Window, last: tuple[int, ...] | None = None) -> None:
+    """Launch a kernel that slides `window` over x: one thread for each 16 bytes of its result.
+
+    last: the kernel's last arguments, by default the dilation.
+    """
     n, h, w, c = x_shape
     vec = _channels_at_once(c, arrays)
     kernel(elements // vec, *arrays, n, h, w, c, *window.out_size(h, w), window.kh, window.kw,
            window.sh, window.sw, window.top, window.left,
-           *((window.dh, window.dw) if dilation is None else dilation), vec=vec)
+           *((window.dh, window.dw) if last is None else last), vec=vec)
 
 
 def _channels_at_once(channels: int, arrays: tuple) -> int:
@@ -266,4 +270,5 @@ def _channels_at_once(channels: int, arrays: tuple) -> int:
 def _wide(*arrays: Any) -> int:
     """How many elements are 16 bytes of the first array, where all begin at that many; else 1."""
     vec = 16 // arrays[0].itemsize
-    return vec if all(a.data.ptr % (vec * a.itemsize) == 0 for a in arrays) else 1
+    aligned = all(a.data.ptr % (vec * a.itemsize) == 0 for a in arrays if a is not None)
+    return vec if aligned else 1

@@ -146,10 +146,21 @@ class NumpyBackend:
         places = cols.reshape(n, oh, ow, window.places, c)
         return self._gather(x_shape, window, cols, lambda n, place: places[n, :, :, place])
 
-    def max_pool(self, x: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
+    def max_pool(self, x: np.ndarray, window: Window, relu: bool = False, want_mask: bool = True
+                 ) -> tuple[np.ndarray, np.ndarray | None]:
         y = self.empty(_output_shape(x.shape, window), x.dtype)
-        mask = self.empty(y.shape, window.mask_dtype)
-        self._for_images(lambda n: _max_pool(x[n], window, y[n], mask[n]), x, 2 * x.nbytes)
+        mask = self.empty(y.shape, window.mask_dtype) if want_mask else None
+
+        def pool(n: slice) -> None:
+            _max_pool(x[n], window, y[n], None if mask is None else mask[n])
+            if relu:
+                if mask is not None:
+                    dead = y[n] <= 0
+                    # All ones are 255 in a byte and -1 in an int32.
+                    mask[n] |= -dead.astype(mask.dtype)
+                np.maximum(y[n], 0, out=y[n])
+
+        self._for_images(pool, x, 2 * x.nbytes)
         return y, mask
 
     def max_pool_backward(self, dy: np.ndarray, mask: np.ndarray, x_shape: tuple[int, ...],
@@ -298,12 +309,14 @@ class NumpyBackend:
         self.for_each(work, self.blocks(len(x), nbytes // max(1, len(x))))
 
 
-def _max_pool(x: np.ndarray, window: Window, y: np.ndarray, mask: np.ndarray) -> None:
-    """Write the maxima of each window to y and their places to mask."""
+def _max_pool(x: np.ndarray, window: Window, y: np.ndarray, mask: np.ndarray | None) -> None:
+    """Write the maxima of each window to y and their places to mask, if there is one."""
     places = [pixels for _, pixels in _places(pad(x, window, -np.inf), window, *y.shape[1:3])]
     np.maximum(places[0], places[-1], out=y)  # NaN if either is
     for pixels in places[1:-1]:
         np.maximum(y, pixels, out=y)
+    if mask is None:
+        return
     # The place of the maximum is the number of places before it, none of which equals it.
     smaller = places[0] != y
     mask[...] = smaller

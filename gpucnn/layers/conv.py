@@ -66,14 +66,26 @@ class Conv2D(Layer):
         return (*self._window((1, *input_shape)).out_size(*input_shape[:2]), self.filters)
 
     def forward(self, x: Array, training: bool = False) -> Array:
+        return self._forward(x, None, self.activation, training)
+
+    def _forward(self, x: Array, residual: Array | None, activation: str | None, training: bool
+                 ) -> Array:
         x = self.receive(x, 4)
         check_channels(self.where, x.shape, self.w.shape[2], self.groups)
         window = self._window(x.shape)
+        if residual is not None:
+            self.check_residual((len(x), *window.out_size(*x.shape[1:3]), self.filters), residual)
         a = self.backend.conv2d(x, self.w.cast, self.b.data if self.b else None, window,
-                                self.groups, self.activation, algorithm=self.algorithm,
-                                tf32=self.precision.tf32)
+                                self.groups, activation, residual, self.algorithm,
+                                self.precision.tf32)
         self.save(training, x, a, window)
         return a
+
+    def forward_added(self, x: Array, residual: Array, activation: str | None,
+                      training: bool = False) -> Array:
+        if self.activation is not None:  # comes before the addition
+            return super().forward_added(x, residual, activation, training)
+        return self._forward(x, residual, activation, training)
 
     def backward(self, dy: Array) -> Array:
         return self._backward(dy, input_gradient=True)
