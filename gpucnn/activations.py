@@ -5,15 +5,13 @@ the two ReLUs have none, it is that of the negative side, as in torch.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from gpucnn.backend import Array, Backend
-from gpucnn.numerics import for_blocks, zero_where
+from gpucnn.backend import LEAKY_SLOPE, Array
+from gpucnn.numerics import zero_where
 
 NAMES = ("relu", "leaky_relu", "sigmoid", "tanh")
 FUSED_WITH_NORM = ("relu",)
-LEAKY_SLOPE = 0.01
 
 
 def check_name(where: str, name: str | None, known: tuple[str, ...] = NAMES) -> None:
@@ -61,33 +59,3 @@ def activation_backward(xp: Any, name: str | None, da: Array, a: Array,
         slopes *= da
         return slopes
     return da
-
-
-def add_and_activate(backend: Backend, name: str | None, terms: Sequence[Array],
-                     slope: float = LEAKY_SLOPE) -> Array:
-    """g(the sum of one or two arrays of one shape and dtype), in blocks on all threads."""
-    a = backend.empty(terms[0].shape, terms[0].dtype)
-
-    def add(a: Array, z: Array, *others: Array) -> None:
-        if others:
-            backend.xp.add(z, *others, out=a)
-        else:
-            a[...] = z
-        activate(backend.xp, name, a, slope)
-
-    for_blocks(backend, add, a, *terms)
-    return a
-
-
-def deactivate(backend: Backend, name: str | None, da: Array, a: Array,
-               slope: float = LEAKY_SLOPE) -> Array:
-    """activation_backward in blocks on all threads; da itself without an activation."""
-    if name is None:
-        return da
-    dz = backend.empty(da.shape, da.dtype)
-
-    def work(dz: Array, da: Array, a: Array) -> None:
-        activation_backward(backend.xp, name, da, a, slope, out=dz)
-
-    for_blocks(backend, work, dz, da, a)
-    return dz

@@ -2,12 +2,12 @@
 
 enum { NO_ACTIVATION, RELU, LEAKY_RELU, SIGMOID, TANH };
 
-static __device__ accum_t leaky_slope() { return (accum_t)0.01; }
+constexpr accum_t LEAKY_SLOPE = (accum_t)0.01;
 
-static __device__ accum_t activate(accum_t z, int activation) {
+static __device__ accum_t activate(accum_t z, int activation, accum_t slope = LEAKY_SLOPE) {
     switch (activation) {
         case RELU: return z > 0 || z != z ? z : 0;  // NaN stays NaN
-        case LEAKY_RELU: return z > 0 ? z : leaky_slope() * z;
+        case LEAKY_RELU: return z > 0 ? z : slope * z;
         case SIGMOID: {  // 1 / (1 + exp(-z)), for z < 0 as exp(z) / (1 + exp(z)): no overflow
             accum_t small = exp(z < 0 ? z : -z);
             return (z < 0 ? small : 1) / (1 + small);
@@ -18,10 +18,11 @@ static __device__ accum_t activate(accum_t z, int activation) {
 }
 
 // dz = da g'(z), from a = g(z).
-static __device__ accum_t activation_backward(accum_t da, accum_t a, int activation) {
+static __device__ accum_t deactivate(accum_t da, accum_t a, int activation,
+                                     accum_t slope = LEAKY_SLOPE) {
     switch (activation) {
         case RELU: return a <= 0 ? 0 : da;
-        case LEAKY_RELU: return a > 0 ? da : leaky_slope() * da;
+        case LEAKY_RELU: return a > 0 ? da : slope * da;
         case SIGMOID: return da * (a - a * a);
         case TANH: return da * (1 - a * a);
         default: return da;

@@ -18,6 +18,7 @@ from gpucnn.geometry import Window
 from gpucnn.update import Update
 
 Array = Any  # numpy.ndarray or cupy.ndarray
+LEAKY_SLOPE = 0.01
 ALGORITHMS = ("auto", "implicit_gemm", "im2col", "direct")  # of convolution, on the GPU
 
 
@@ -98,6 +99,14 @@ class Backend(Protocol):
                        dw: Array, db: Array | None = None, input_gradient: bool = True,
                        tf32: bool = False) -> Array | None:
         """da and a (n, units), x and w as in dense -> dx, None if unwanted; writes dw and db."""
+
+    def activate(self, z: Array, other: Array | None, activation: str | None,
+                 slope: float = LEAKY_SLOPE) -> Array:
+        """A = g(z + other), of one shape and dtype. slope: of the leaky ReLU."""
+
+    def activation_backward(self, da: Array, a: Array, activation: str | None,
+                            slope: float = LEAKY_SLOPE) -> Array:
+        """dz = dA g'(z), given A = g(z), of one shape and dtype; da itself without activation."""
 
     def im2col(self, x: Array, window: Window) -> Array:
         """x (n, h, w, c) -> (n * oh * ow, kh * kw * c); padding counts as 0."""

@@ -14,12 +14,13 @@ import cupy
 import numpy as np
 
 from gpucnn import activations
+from gpucnn.backend import LEAKY_SLOPE
 from gpucnn.backend.cuda_kernel import Kernel, accumulator
 from gpucnn.geometry import Window
 
 DIRECT_INPUTS = 4      # a direct kernel reads at most so many channels a group
-DIRECT_THREADS = ROW_THREADS = 256  # in a block, as conv_direct.cu and activation_backward.cu say
-ROWS_A_LANE = 16       # at least, that a thread of activation_backward.cu adds
+DIRECT_THREADS = ROW_THREADS = 256  # in a block, as conv_direct.cu and activation.cu say
+ROWS_A_LANE = 16       # at least, that a thread of activation.cu adds
 DIRECT_TERMS = 9       # terms of the weight gradient that a thread keeps in registers
 MAX_DIRECT_TERMS = 32  # of the weight gradient, where a tile of a matrix product is filled by more
 MAX_SPLITS = 64
@@ -258,7 +259,9 @@ _direct = Kernel("conv_direct.cu", "conv_direct")
 _depthwise_input_gradient = Kernel("conv_direct.cu", "conv_depthwise_input_gradient")
 _direct_weight_gradient = Kernel("conv_direct.cu", "conv_direct_weight_gradient")
 _sum_splits = Kernel("sum_splits.cu", "sum_splits")
-_activation_backward = Kernel("activation_backward.cu", "activation_backward_bias")
+_activate = Kernel("activation.cu", "activate_sum")
+_activation_backward = Kernel("activation.cu", "activation_backward")
+_activation_backward_bias = Kernel("activation.cu", "activation_backward_bias")
 
 
 def forward(p: Problem, plan: Plan, x: Any, w: Any, b: Any, residual: Any,
@@ -324,20 +327,34 @@ def weight_gradient(p: Problem, plan: Plan, x: Any, dz: Any, dw: Any) -> None:
         _sum_splits(dw.size, slabs, dw, dw.size, plan.splits)
 
 
-def activation_backward(da: Any, a: Any, activation: str | None, db: Any) -> Any:
+def activate(z: Any, other: Any, activation: str | None, slope: float) -> Any:
+    """g(z + other), of z's shape; other may be None."""
+    a = cupy.empty(z.shape, z.dtype)
+    vec = _wide(z.size, z, *([] if other is None else [other]))
+    _activate(a.size // vec, z, other, a, a.size, slope, vec=vec,
+              ACTIVATION=_activation_code(activation))
+    return a
+
+
+def activation_backward(da: Any, a: Any, activation: str | None, db: Any = None,
+                        slope: float = LEAKY_SLOPE) -> Any:
     """dz = da g'(z); the sum of its rows is written to db (c,), unless that is None."""
     if activation is None and db is None:
         return da
+    dz = None if activation is None else cupy.empty(da.shape, da.dtype)
+    if db is None:
+        vec = _wide(da.size, da, a)
+        _activation_backward(da.size // vec, da, a, dz, da.size, slope, vec=vec,
+                             ACTIVATION=_activation_code(activation))
+        return dz
     c = da.shape[-1]
     rows, vec = da.size // c, _wide(c, da, a)
-    dz = None if activation is None else cupy.empty(da.shape, da.dtype)
     lanes = max(1, ROW_THREADS // (c // vec))
     splits = max(1, min(BLOCKS_EACH * _processors(), rows // (ROWS_A_LANE * lanes)))
-    slabs = db if splits == 1 and db is not None else cupy.empty((splits, c),
-                                                                 accumulator(da.dtype))
-    _activation_backward.launch(splits, ROW_THREADS, da, a, dz, slabs, rows, c, vec=vec,
-                                ACTIVATION=_activation_code(activation))
-    if splits > 1 and db is not None:
+    slabs = db if splits == 1 else cupy.empty((splits, c), accumulator(da.dtype))
+    _activation_backward_bias.launch(splits, ROW_THREADS, da, a, dz, slabs, rows, c, vec=vec,
+                                     ACTIVATION=_activation_code(activation))
+    if splits > 1:
         _sum_splits(c, slabs, db, c, splits)
     return da if dz is None else dz
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from gpucnn import convolution, update
 from gpucnn.augmentation import Augmentation
-from gpucnn.backend import ALGORITHMS, cuda_batch_norm, cuda_convolution
+from gpucnn.backend import ALGORITHMS, LEAKY_SLOPE, cuda_batch_norm, cuda_convolution
 from gpucnn.backend.cuda_convolution import (
     Problem,
     forward_plan,
@@ -115,6 +115,14 @@ class CupyBackend:
             da[None, None], a[None, None], x[None, None], w[None, None], _ONE_TAP, 1, activation,
             dw[None, None], db, input_gradient, "implicit_gemm", tf32)
         return None if dx is None else dx[0, 0]
+
+    def activate(self, z: Any, other: Any, activation: str | None, slope: float = LEAKY_SLOPE
+                 ) -> Any:
+        return cuda_convolution.activate(z, other, activation, slope)
+
+    def activation_backward(self, da: Any, a: Any, activation: str | None,
+                            slope: float = LEAKY_SLOPE) -> Any:
+        return cuda_convolution.activation_backward(da, a, activation, slope=slope)
 
     def im2col(self, x: Any, window: Window) -> Any:
         n, oh, ow, c = _output_shape(x.shape, window)

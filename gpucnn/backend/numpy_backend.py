@@ -13,13 +13,13 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from gpucnn import convolution, update
-from gpucnn.activations import activate, activation_backward
+from gpucnn.activations import LEAKY_SLOPE, activate, activation_backward
 from gpucnn.augmentation import Augmentation
 from gpucnn.backend import batch_gather, batch_norm, narrow_convolution, parallel, row_convolution
 from gpucnn.backend.recycling import Recycler
 from gpucnn.backend.row_convolution import pad
 from gpucnn.geometry import Window
-from gpucnn.numerics import blocks_of, sum_rows, zero_where
+from gpucnn.numerics import blocks_of, for_blocks, sum_rows, zero_where
 from gpucnn.rng import drop_threshold, random_words
 
 MATMUL_ROWS = 64         # or columns of a block: fewer would not repay the copy of the other matrix
@@ -124,6 +124,32 @@ class NumpyBackend:
         if db is not None:
             db[...] = self.sum_rows(dz)
         return self.matmul(dz, w.T) if input_gradient else None
+
+    def activate(self, z: np.ndarray, other: np.ndarray | None, activation: str | None,
+                 slope: float = LEAKY_SLOPE) -> np.ndarray:
+        a = self.empty(z.shape, z.dtype)
+
+        def add(a: np.ndarray, z: np.ndarray, *others: np.ndarray) -> None:
+            if others:
+                np.add(z, others[0], out=a)
+            else:
+                a[...] = z
+            activate(np, activation, a, slope)
+
+        for_blocks(self, add, a, z, *([] if other is None else [other]))
+        return a
+
+    def activation_backward(self, da: np.ndarray, a: np.ndarray, activation: str | None,
+                            slope: float = LEAKY_SLOPE) -> np.ndarray:
+        if activation is None:
+            return da
+        dz = self.empty(da.shape, da.dtype)
+
+        def work(dz: np.ndarray, da: np.ndarray, a: np.ndarray) -> None:
+            activation_backward(np, activation, da, a, slope, out=dz)
+
+        for_blocks(self, work, dz, da, a)
+        return dz
 
     def im2col(self, x: np.ndarray, window: Window) -> np.ndarray:
         n, oh, ow, c = _output_shape(x.shape, window)

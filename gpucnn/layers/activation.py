@@ -1,8 +1,7 @@
 """Activations as layers of their own. Conv2D and Dense can hold them inside instead."""
 from __future__ import annotations
 
-from gpucnn.activations import LEAKY_SLOPE, add_and_activate, deactivate
-from gpucnn.backend import Array
+from gpucnn.backend import LEAKY_SLOPE, Array
 from gpucnn.layers.base import Layer
 from gpucnn.numerics import log_softmax
 
@@ -13,14 +12,14 @@ class _Pointwise(Layer):
     slope = LEAKY_SLOPE
 
     def forward(self, x: Array, training: bool = False) -> Array:
-        a = add_and_activate(self.backend, self.kind, [self.receive(x)], self.slope)
+        a = self.backend.activate(self.receive(x), None, self.kind, self.slope)
         self.save(training, a)
         return a
 
     def backward(self, dy: Array) -> Array:
         (a,) = self.take_saved()
-        return deactivate(self.backend, self.kind, self.receive_gradient(dy, a.shape), a,
-                          self.slope)
+        return self.backend.activation_backward(self.receive_gradient(dy, a.shape), a, self.kind,
+                                                self.slope)
 
 
 class ReLU(_Pointwise):

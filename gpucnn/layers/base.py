@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gpucnn import rng
-from gpucnn.activations import add_and_activate, deactivate
 from gpucnn.backend import Array, get_backend
 from gpucnn.geometry import is_int
 from gpucnn.ops import as_array
@@ -109,11 +108,11 @@ class Layer:
         """
         y = self.forward(x, training)
         self.check_residual(y.shape, residual)
-        return add_and_activate(self.backend, activation, [y, residual])
+        return self.backend.activate(y, residual, activation)
 
     def backward_added(self, da: Array, a: Array, activation: str | None) -> tuple[Array, Array]:
         """dL/dx and dL/dresidual, given dL/dA and what forward_added() returned."""
-        dz = deactivate(self.backend, activation, da, a)
+        dz = self.backend.activation_backward(da, a, activation)
         return self.backward(dz), dz
 
     def make_state(self, key: int) -> None:

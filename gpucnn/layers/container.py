@@ -106,7 +106,7 @@ class Residual(Layer):
         dx, dshortcut = self.body.backward_added(da, a, self.activation)
         if self.shortcut:
             dshortcut = self.shortcut.backward(dshortcut)
-        return activations.add_and_activate(self.backend, None, [dx, dshortcut])
+        return self.backend.activate(dx, dshortcut, None)
 
 
 class Concat(Layer):

@@ -129,7 +129,7 @@ KERNELS = (
     MemoryKernel("avg_pool_backward", "avgpool.cu", "pooled",
                  lambda s, b, dy: b.avg_pool_backward(dy, tuple(s), s.pool)),
     MemoryKernel("dropout", "dropout.cu", "x", lambda s, b, x: b.dropout(x, 0.25, 1, 2)),
-    MemoryKernel("activation_backward", "activation_backward.cu", "dz x", activation_backward,
+    MemoryKernel("activation_backward", "activation.cu", "dz x", activation_backward,
                  relu_gradients),
     MemoryKernel("sum_splits", "sum_splits.cu", "slabs", sum_splits,
                  lambda s, b, slabs: slabs.sum(0, dtype=np.float64).astype(slabs.dtype)),
