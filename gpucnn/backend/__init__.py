@@ -68,9 +68,6 @@ class Backend(Protocol):
     def matmul(self, a: Array, b: Array, out: Array | None = None) -> Array:
         """The product of two matrices, written to `out` if it is given."""
 
-    def sum_rows(self, matrix: Array) -> Array:
-        """The sum over the rows of a matrix."""
-
     def conv2d(self, x: Array, w: Array, b: Array | None, window: Window, groups: int,
                activation: str | None, residual: Array | None = None, algorithm: str = "auto",
                tf32: bool = False) -> Array:

@@ -19,7 +19,7 @@ from gpucnn.backend.cuda_convolution import (
 )
 from gpucnn.backend.cuda_kernel import BLOCK, Kernel, accumulator, launch_grid
 from gpucnn.geometry import Window
-from gpucnn.numerics import blocks_of, sum_rows
+from gpucnn.numerics import blocks_of
 from gpucnn.rng import drop_threshold, words_of
 
 _im2col = Kernel("im2col.cu", "im2col")
@@ -72,9 +72,6 @@ class CupyBackend:
 
     def matmul(self, a: Any, b: Any, out: Any = None) -> Any:
         return cupy.matmul(a, b, out=out)
-
-    def sum_rows(self, matrix: Any) -> Any:
-        return sum_rows(cupy, matrix)
 
     def conv2d(self, x: Any, w: Any, b: Any, window: Window, groups: int,
                activation: str | None, residual: Any = None, algorithm: str = "auto",

@@ -73,13 +73,6 @@ class NumpyBackend:
             longer, max(MATMUL_ROWS, WORK // max(1, k * shorter))))
         return product
 
-    def sum_rows(self, matrix: np.ndarray) -> np.ndarray:
-        def add(rows: slice, total: np.ndarray) -> None:
-            total += sum_rows(np, matrix[rows])
-
-        return self.sum_over(add, self.blocks(len(matrix), matrix[:1].nbytes),
-                             [np.empty(matrix.shape[1], matrix.dtype)])[0]
-
     def conv2d(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None, window: Window,
                groups: int, activation: str | None, residual: np.ndarray | None = None,
                algorithm: str = "auto", tf32: bool = False) -> np.ndarray:
@@ -122,7 +115,7 @@ class NumpyBackend:
         dz = activation_backward(np, activation, da, a)
         self.matmul(x.T, dz, out=dw)
         if db is not None:
-            db[...] = self.sum_rows(dz)
+            db[...] = self._sum_rows(dz)
         return self.matmul(dz, w.T) if input_gradient else None
 
     def activate(self, z: np.ndarray, other: np.ndarray | None, activation: str | None,
@@ -309,6 +302,13 @@ class NumpyBackend:
     def apply_update(self, u: update.Update) -> None:
         update.prepare(u, float(self.sum_of_squares(u.g).sum()) if u.needs_norm else 0.0)
         update.apply(self, u)
+
+    def _sum_rows(self, matrix: np.ndarray) -> np.ndarray:
+        def add(rows: slice, total: np.ndarray) -> None:
+            total += sum_rows(np, matrix[rows])
+
+        return self.sum_over(add, self.blocks(len(matrix), matrix[:1].nbytes),
+                             [np.empty(matrix.shape[1], matrix.dtype)])[0]
 
     def _gather(self, x_shape: tuple[int, ...], window: Window, dy: np.ndarray,
                 reaching: Callable[[slice, int], np.ndarray]) -> np.ndarray:
