@@ -135,10 +135,50 @@ static __device__ void multiply(const Product& p, const Share& own, int splits, 
     }
 }
 
+// The mean of each column of a tile of outputs, and the sum of squared differences from it, written
+// to moments (row tiles, 2, channels) as batchnorm.cu merges them. rows: how many the tile has.
+static __device__ void write_moments(const Product& p, const Share& own, int rows,
+                                     const accum_t (&outputs)[SUMS_M][SUMS_N], Tiles& tiles,
+                                     accum_t* moments) {
+    static_assert(THREADS_M * TILE_N * sizeof(accum_t) <= sizeof(Tiles), "one value a thread and column");
+    accum_t (*shared)[TILE_N] = reinterpret_cast<accum_t(*)[TILE_N]>(&tiles);
+    accum_t mean[SUMS_N] = {}, m2[SUMS_N] = {};
+    for (int pass = 0; pass < 2; ++pass) {
+        __syncthreads();
+#pragma unroll
+        for (int j = 0; j < SUMS_N; ++j) {
+            accum_t sum = 0;
+#pragma unroll
+            for (int i = 0; i < SUMS_M; ++i) {
+                accum_t d = outputs[i][j] - mean[j];
+                if (tile_row(i) < rows) sum += pass == 0 ? d : d * d;
+            }
+            shared[threadIdx.x / THREADS_N][tile_column(j)] = sum;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int j = 0; j < SUMS_N; ++j) {
+            accum_t sum = 0;
+            for (int t = 0; t < THREADS_M; ++t) sum += shared[t][tile_column(j)];
+            if (pass == 0) mean[j] = sum / rows;
+            else m2[j] = sum;
+        }
+    }
+    moments += own.first_row / TILE_M * 2 * p.y_channels + own.group * p.results;
+    if (threadIdx.x < THREADS_N)
+#pragma unroll
+        for (int j = 0; j < SUMS_N; ++j) {
+            int result = own.first_result + tile_column(j);
+            if (result >= p.results) continue;
+            moments[result] = mean[j];
+            moments[p.y_channels + result] = m2[j];
+        }
+}
+
 template <bool GRADIENT>
 static __device__ void convolve(const Product& p, const Share& own, int splits,
                                 const accum_t* bias, const scalar_t* residual, scalar_t* y,
-                                accum_t* partial, Tiles& tiles) {
+                                accum_t* partial, accum_t* moments, Tiles& tiles) {
     const index_t rows = p.rows();
     if (own.first_row >= rows) return;
     accum_t sums[SUMS_M][SUMS_N] = {};
@@ -162,20 +202,26 @@ static __device__ void convolve(const Product& p, const Share& own, int splits,
             } else {
                 Chunk<VEC_N> chunk;
 #pragma unroll
-                for (int e = 0; e < VEC_N; ++e)
+                for (int e = 0; e < VEC_N; ++e) {
                     chunk.at[e] = finish(sums[i][j + e], bias, channel + e, residual, place + e);
+                    sums[i][j + e] = chunk.at[e];
+                }
                 *reinterpret_cast<Chunk<VEC_N>*>(y + place) = chunk;
             }
         }
     }
+    if (!GRADIENT && moments)
+        write_moments(p, own, (int)min((index_t)TILE_M, rows - own.first_row), sums, tiles, moments);
 }
 
 // x (n, h, w, c), filters (kh, kw, c / groups, c_out), bias (c_out), residual and y (n, oh, ow, c_out).
 // With a partial (splits, n, oh, ow, c_out) only sums are written, to it; finish_splits.cu goes on.
+// moments (row tiles, 2, c_out): of the outputs, for the batch norm after it; not with a partial.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_forward(
     const scalar_t* __restrict__ x, const scalar_t* __restrict__ filters,
     const accum_t* __restrict__ bias_or_null, const scalar_t* __restrict__ residual_or_null,
     scalar_t* __restrict__ y, accum_t* __restrict__ partial_or_null,
+    accum_t* __restrict__ moments_or_null,
     int n, int h, int w, int c, int oh, int ow, int kh, int kw, int sh, int sw, int top, int left,
     int dh, int dw, int c_out, int groups, int splits)
 {
@@ -183,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_forward(
     Product p = forward_product(x, filters, n, h, w, c, oh, ow, kh, kw, sh, sw, top, left, dh, dw,
                                 c_out, groups);
     convolve<false>(p, share_of_block(p.results, splits, groups, 1), splits, bias_or_null,
-                    residual_or_null, y, partial_or_null, tiles);
+                    residual_or_null, y, partial_or_null, moments_or_null, tiles);
 }
 
 // dy (n, oh, ow, c_out), filters as above -> dx (n, h, w, c), or partial (splits, n, h, w, c).
@@ -197,5 +243,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_input_gradient(
     Share own = share_of_block(c / groups, splits, groups, gradient_phases(h, w, sh, sw));
     Product p = gradient_product(dy, filters, own.phase, n, h, w, c, oh, ow, kh, kw, sh, sw, top,
                                  left, dh, dw, c_out, groups);
-    convolve<true>(p, own, splits, nullptr, nullptr, dx, partial_or_null, tiles);
+    convolve<true>(p, own, splits, nullptr, nullptr, dx, partial_or_null, nullptr, tiles);
 }

@@ -83,9 +83,70 @@ static __device__ void multiply(const Product& p, const Share& own, int splits, 
     }, sums);
 }
 
+// The moments of a warp's columns, as in batchnorm.cu: lane l has columns l, l + 32, ...
+struct Moments {
+    float count, mean[(WARP_N + 31) / 32], m2[(WARP_N + 31) / 32];
+
+    // Adds `rows` rows of outputs that lie in shared memory.
+    __device__ void add(const float* outputs, int pitch, int rows) {
+        if (rows <= 0) return;
+        const float share = rows / (count + rows);
+#pragma unroll
+        for (int j = 0; j < (WARP_N + 31) / 32; ++j) {
+            int column = threadIdx.x % 32 + j * 32;
+            if (column >= WARP_N) continue;
+            float sum = 0, squares = 0;
+            for (int r = 0; r < rows; ++r) sum += outputs[r * pitch + column];
+            const float own = sum / rows;
+            for (int r = 0; r < rows; ++r) {
+                float d = outputs[r * pitch + column] - own;
+                squares += d * d;
+            }
+            const float d = own - mean[j];
+            mean[j] += d * share;
+            m2[j] += squares + d * (count * share) * d;
+        }
+        count += rows;
+    }
+};
+
+// Merges those of the warps that have the same columns, and writes them as conv_gemm.cu does.
+static __device__ void write_moments(const Product& p, const Share& own, const Moments& mine,
+                                     float* shared, float* moments) {
+    constexpr int WARPS = THREADS / 32;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    __syncthreads();
+    if (lane == 0) shared[warp] = mine.count;
+#pragma unroll
+    for (int j = 0; j < (WARP_N + 31) / 32; ++j) {
+        if (lane + j * 32 >= WARP_N) continue;
+        shared[WARPS + warp * WARP_N + lane + j * 32] = mine.mean[j];
+        shared[WARPS * (1 + WARP_N) + warp * WARP_N + lane + j * 32] = mine.m2[j];
+    }
+    __syncthreads();
+    moments += own.first_row / TILE_M * 2 * p.y_channels + own.group * p.results;
+    for (int column = threadIdx.x; column < TILE_N; column += THREADS) {
+        float count = 0, mean = 0, m2 = 0;
+        for (int w = column / WARP_N * COLUMN_WARPS; w < (column / WARP_N + 1) * COLUMN_WARPS; ++w) {
+            const float more = shared[w];
+            if (more == 0) continue;
+            const int at = WARPS + w * WARP_N + column % WARP_N;
+            const float share = more / (count + more), d = shared[at] - mean;
+            mean += d * share;
+            m2 += shared[at + WARPS * WARP_N] + d * (count * share) * d;
+            count += more;
+        }
+        const int result = own.first_result + column;
+        if (result >= p.results) continue;
+        moments[result] = mean;
+        moments[p.y_channels + result] = m2;
+    }
+}
+
 template <bool GRADIENT>
 static __device__ void convolve(const Product& p, const Share& own, int splits, const float* bias,
-                                const scalar_t* residual, scalar_t* y, float* partial) {
+                                const scalar_t* residual, scalar_t* y, float* partial,
+                                float* moments) {
     extern __shared__ unsigned char raw[];
     unsigned char* memory = raw + (-(int)shared_address(raw) & (ALIGNMENT - 1));
     const index_t rows = p.rows();
@@ -98,6 +159,7 @@ static __device__ void convolve(const Product& p, const Share& own, int splits, 
     constexpr int PITCH = WARP_N + 8, ROW_PIECES = WARP_N / PIECE;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* corner = reinterpret_cast<float*>(memory) + warp * 16 * PITCH;
+    Moments of_warp = {};
     if (partial) partial += own.split * ((index_t)p.images * p.y_height * p.y_width * p.y_channels);
 #pragma unroll
     for (int i = 0; i < FRAGMENTS_M; ++i) {
@@ -111,7 +173,7 @@ static __device__ void convolve(const Product& p, const Share& own, int splits, 
             index_t row = own.first_row + fragment_row(i) + u / ROW_PIECES;
             int column = u % ROW_PIECES * PIECE, result = own.first_result + first_column() + column;
             if (row >= rows || result >= p.results) continue;
-            const float* sum = corner + u / ROW_PIECES * PITCH + column;
+            float* sum = corner + u / ROW_PIECES * PITCH + column;
             int channel = own.group * p.results + result;
             index_t place = p.pixel_of(row) * p.y_channels + channel;
             if (partial) {
@@ -120,13 +182,22 @@ static __device__ void convolve(const Product& p, const Share& own, int splits, 
             } else {
                 struct alignas(16) Piece { scalar_t at[PIECE]; } out;
 #pragma unroll
-                for (int e = 0; e < PIECE; ++e)
+                for (int e = 0; e < PIECE; ++e) {
                     out.at[e] = finish(sum[e], bias, channel + e, residual, place + e);
+                    if (!GRADIENT) sum[e] = out.at[e];
+                }
                 *reinterpret_cast<Piece*>(y + place) = out;
             }
         }
         __syncwarp();
+        if (!GRADIENT && moments) {
+            index_t left = rows - own.first_row - fragment_row(i);
+            of_warp.add(corner, PITCH, left < 16 ? (int)left : 16);
+            __syncwarp();
+        }
     }
+    if (!GRADIENT && moments)
+        write_moments(p, own, of_warp, reinterpret_cast<float*>(memory), moments);
 }
 
 // As conv_forward in conv_gemm.cu.
@@ -134,13 +205,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_EACH) conv_tensor_f
     const scalar_t* __restrict__ x, const scalar_t* __restrict__ filters,
     const accum_t* __restrict__ bias_or_null, const scalar_t* __restrict__ residual_or_null,
     scalar_t* __restrict__ y, accum_t* __restrict__ partial_or_null,
+    accum_t* __restrict__ moments_or_null,
     int n, int h, int w, int c, int oh, int ow, int kh, int kw, int sh, int sw, int top, int left,
     int dh, int dw, int c_out, int groups, int splits)
 {
     Product p = forward_product(x, filters, n, h, w, c, oh, ow, kh, kw, sh, sw, top, left, dh, dw,
                                 c_out, groups);
     convolve<false>(p, share_of_block(p.results, splits, groups, 1), splits, bias_or_null,
-                    residual_or_null, y, partial_or_null);
+                    residual_or_null, y, partial_or_null, moments_or_null);
 }
 
 // As conv_input_gradient in conv_gemm.cu, except that a weight which is not finite makes NaN also at
@@ -154,5 +226,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_EACH) conv_tensor_i
     Share own = share_of_block(c / groups, splits, groups, gradient_phases(h, w, sh, sw));
     Product p = gradient_product(dy, filters, own.phase, n, h, w, c, oh, ow, kh, kw, sh, sw, top,
                                  left, dh, dw, c_out, groups);
-    convolve<true>(p, own, splits, nullptr, nullptr, dx, partial_or_null);
+    convolve<true>(p, own, splits, nullptr, nullptr, dx, partial_or_null, nullptr);
 }

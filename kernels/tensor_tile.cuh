@@ -16,6 +16,7 @@ constexpr int PIECE = 16 / sizeof(scalar_t), PIECES = 4;      // elements a piec
 constexpr int TILE_K = PIECES * PIECE;
 constexpr int WARPS_M = TILE_M / WARP_M, WARPS_N = TILE_N / WARP_N;
 constexpr int THREADS = 32 * WARPS_M * WARPS_N;
+constexpr int COLUMN_WARPS = WARPS_M;  // in a row, which have the same columns
 constexpr int FRAGMENTS_M = WARP_M / 16, FRAGMENTS_N = WARP_N / 8;
 
 // A tile lies in shared memory in one of two ways, as its elements are neighbours in global memory:

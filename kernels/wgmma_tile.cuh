@@ -11,6 +11,7 @@
 constexpr int PIECE = 8, PIECES = 8;  // elements a piece of 16 bytes, pieces a row of k
 constexpr int TILE_K = PIECES * PIECE;
 constexpr int THREADS = TILE_M / WARP_M * 128;
+constexpr int COLUMN_WARPS = THREADS / 32;  // all have all columns
 constexpr int FRAGMENTS_M = WARP_M / 64, FRAGMENTS_N = TILE_N / 8;
 constexpr int ALIGNMENT = 1024, BLOCKS_EACH = 1;  // on a multiprocessor
 

@@ -26,7 +26,7 @@ from gpucnn.layers import (
     Tanh,
     from_config,
 )
-from tests.conftest import needs_cupy
+from tests.conftest import needs_cupy, needs_simulator
 from tests.gradcheck import gradcheck
 
 IMAGE = (7, 6, 4)  # (h, w, c)
@@ -356,3 +356,32 @@ def test_pooling_takes_no_other_activation(activation):
     with pytest.raises(ValueError, match=f"MaxPool2D: activation '{activation}' is not known; use "
                                          "None, 'relu'"):
         MaxPool2D(2, activation=activation)
+
+
+@needs_simulator
+@pytest.mark.parametrize("precision", ["float32", "float64", "tf32", "mixed_float16"])
+def test_batch_norm_takes_its_moments_from_the_convolution_before_it(precision, rng):
+    """Then no kernel reads the images for them; and only for the very array that it gave."""
+    from tests.gpusim import fake_cupy
+    with use_backend("cupy") as backend:
+        model = Sequential([Conv2D(40, 3, padding=1, activation="relu"), BatchNorm()])
+        model.build((9, 11, 8), precision=precision)
+        conv, norm = model.layers
+        x = backend.asarray((3 + rng.standard_normal((3, 9, 11, 8))).astype(np.float32))
+        fake_cupy.launches.clear()
+        y = model.forward(x, training=True)
+        assert "batch_norm_moments" not in [name for name, _, _ in fake_cupy.launches]
+        running = [backend.to_numpy(a) + 0 for a in norm.own_buffers.values()]
+        norm.make_state(0)
+        a = conv.forward(x, training=True)
+        other = norm.forward(a + 0, training=True)
+        assert "batch_norm_moments" in [name for name, _, _ in fake_cupy.launches]
+        close = {"rtol": 1e-5, "atol": 1e-5} if precision != "mixed_float16" else {"atol": 4e-3}
+        np.testing.assert_allclose(backend.to_numpy(y), backend.to_numpy(other), **close)
+        for got, want in zip(running, norm.own_buffers.values()):
+            np.testing.assert_allclose(got, backend.to_numpy(want), rtol=1e-5)
+        conv.forward(x, training=True)
+        norm.make_state(0)
+        norm.forward(backend.xp.ones_like(a), training=True)
+        np.testing.assert_allclose(backend.to_numpy(norm.own_buffers["running_mean"]), 0.1,
+                                   rtol=1e-6)

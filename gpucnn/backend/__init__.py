@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,6 +20,16 @@ from gpucnn.update import Update
 Array = Any  # numpy.ndarray or cupy.ndarray
 LEAKY_SLOPE = 0.01
 ALGORITHMS = ("auto", "implicit_gemm", "im2col", "direct")  # of convolution, on the GPU
+
+
+class Moments(NamedTuple):
+    """Of bands of rows of a matrix (rows, c): the means, and the sums of squared differences.
+
+    partial: (bands, 2, c). band: the rows of each; the last one may have fewer.
+    """
+
+    partial: Array
+    band: int
 
 
 class Backend(Protocol):
@@ -77,6 +87,12 @@ class Backend(Protocol):
         algorithm: one of ALGORITHMS, which are the GPU's; NumPy always chooses for itself.
         tf32: whether products of float32 may be rounded to 10 bits, which tensor cores do.
         """
+
+    def conv2d_with_moments(self, x: Array, w: Array, b: Array | None, window: Window,
+                            groups: int, activation: str | None, residual: Array | None = None,
+                            algorithm: str = "auto", tf32: bool = False
+                            ) -> tuple[Array, Moments | None]:
+        """conv2d, and the moments of A where its kernel can give them on the way."""
 
     def conv2d_backward(self, da: Array, a: Array, x: Array, w: Array, window: Window, groups: int,
                         activation: str | None, dw: Array, db: Array | None = None,
@@ -144,11 +160,12 @@ class Backend(Protocol):
         """
 
     def batch_norm_statistics(self, x: Array, running_mean: Array, running_var: Array,
-                              momentum: float) -> tuple[Array, Array]:
+                              momentum: float, moments: Moments | None = None
+                              ) -> tuple[Array, Array]:
         """mean and var (c,) of x (..., c) over all other axes, of at least 2 values a channel.
 
         The running ones are moved towards them, by the share momentum; they count var divided by
-        (values - 1), and what is returned by values.
+        (values - 1), and what is returned by values. moments: of x, where they are known.
         """
 
     def batch_norm(self, x: Array, mean: Array, var: Array, gamma: Array, beta: Array,

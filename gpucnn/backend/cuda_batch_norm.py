@@ -10,6 +10,7 @@ from typing import Any
 
 import cupy
 
+from gpucnn.backend import Moments
 from gpucnn.backend.cuda_kernel import BLOCK, Kernel
 
 _moments = Kernel("batchnorm.cu", "batch_norm_moments")
@@ -25,17 +26,18 @@ _REDUCING = 512, 16     # blocks at most, rows of a thread at least
 _ELEMENTWISE = 2048, 4
 
 
-def statistics(x: Any, running_mean: Any, running_var: Any, momentum: float, vec: int
-               ) -> tuple[Any, Any]:
+def statistics(x: Any, running_mean: Any, running_var: Any, momentum: float, vec: int,
+               moments: Moments | None = None) -> tuple[Any, Any]:
     """As Backend.batch_norm_statistics. vec: channels a thread."""
     rows, c = x.size // x.shape[-1], x.shape[-1]
-    (columns, bands), band, width = tiles(rows, c // vec, *_REDUCING)
-    partial = cupy.empty((bands, 2, c), running_mean.dtype)
-    _moments.launch((columns, bands), BLOCK, x, partial, rows, c, band, width, vec=vec)
+    if moments is None:
+        (columns, bands), band, width = tiles(rows, c // vec, *_REDUCING)
+        moments = Moments(cupy.empty((bands, 2, c), running_mean.dtype), band)
+        _moments.launch((columns, bands), BLOCK, x, moments.partial, rows, c, band, width, vec=vec)
     mean, var = cupy.empty_like(running_mean), cupy.empty_like(running_var)
     columns, width = _merging(c, vec)
-    _merge_moments.launch(columns, BLOCK, partial, mean, var, running_mean, running_var, rows, c,
-                          band, bands, width, momentum, vec=vec)
+    _merge_moments.launch(columns, BLOCK, moments.partial, mean, var, running_mean, running_var,
+                          rows, c, moments.band, len(moments.partial), width, momentum, vec=vec)
     return mean, var
 
 

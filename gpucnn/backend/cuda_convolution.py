@@ -265,8 +265,11 @@ _activation_backward_bias = Kernel("activation.cu", "activation_backward_bias")
 
 
 def forward(p: Problem, plan: Plan, x: Any, w: Any, b: Any, residual: Any,
-            activation: str | None) -> Any:
-    """y = g(x * w + b + residual), by a plan that is not im2col's. b and residual may be None."""
+            activation: str | None, moments: Any = None) -> Any:
+    """y = g(x * w + b + residual), by a plan that is not im2col's. b and residual may be None.
+
+    moments: an array (row tiles, 2, c_out) for those of y; only for a plan of tiles, not split.
+    """
     y = cupy.empty((p.n, p.oh, p.ow, p.c_out), x.dtype)
     activated: dict[str, Any] = {"ACTIVATION": _activation_code(activation)}
     if plan.tile is None:
@@ -277,8 +280,8 @@ def forward(p: Problem, plan: Plan, x: Any, w: Any, b: Any, residual: Any,
     outputs, partial = p.c_out // p.groups, _slab_array(plan, y.size, x.dtype)
     blocks = plan.blocks(p.n * p.oh * p.ow, outputs) * p.groups
     kernel, options = _options(plan.tile, _forward, _tensor_forward, p.inputs, outputs, (x, w, y))
-    kernel.launch(blocks, plan.tile.threads, x, w, b, residual, y, partial, *p.arguments, p.c_out,
-                  p.groups, plan.splits, **options, **activated)
+    kernel.launch(blocks, plan.tile.threads, x, w, b, residual, y, partial, moments,
+                  *p.arguments, p.c_out, p.groups, plan.splits, **options, **activated)
     if partial is not None:
         _finish_splits(y.size, partial, b, residual, y, y.size, p.c_out, plan.splits, **activated)
     return y

@@ -10,7 +10,7 @@ import numpy as np
 
 from gpucnn import convolution, update
 from gpucnn.augmentation import Augmentation
-from gpucnn.backend import ALGORITHMS, LEAKY_SLOPE, cuda_batch_norm, cuda_convolution
+from gpucnn.backend import ALGORITHMS, LEAKY_SLOPE, Moments, cuda_batch_norm, cuda_convolution
 from gpucnn.backend.cuda_convolution import (
     Problem,
     forward_plan,
@@ -81,6 +81,20 @@ class CupyBackend:
         if plan.algorithm == "im2col":
             return convolution.conv2d(self, x, w, b, window, groups, activation, residual)
         return cuda_convolution.forward(problem, plan, x, w, b, residual, activation)
+
+    def conv2d_with_moments(self, x: Any, w: Any, b: Any, window: Window, groups: int,
+                            activation: str | None, residual: Any = None,
+                            algorithm: str = "auto", tf32: bool = False
+                            ) -> tuple[Any, Moments | None]:
+        problem = _problem(x, w, window, groups, tf32)
+        plan = forward_plan(problem, _algorithm(algorithm))
+        tile = plan.tile
+        if tile is None or plan.splits > 1:  # what a block has is not the output then
+            return self.conv2d(x, w, b, window, groups, activation, residual, algorithm, tf32), None
+        bands = -(-problem.n * problem.oh * problem.ow // tile.m)
+        partial = cupy.empty((bands, 2, problem.c_out), accumulator(x.dtype))
+        a = cuda_convolution.forward(problem, plan, x, w, b, residual, activation, partial)
+        return a, Moments(partial, tile.m)
 
     def conv2d_backward(self, da: Any, a: Any, x: Any, w: Any, window: Window, groups: int,
                         activation: str | None, dw: Any, db: Any = None,
@@ -171,10 +185,10 @@ class CupyBackend:
                       int(augmentation.flip), augmentation.cutout, *words_of(key), vec=vec)
         return x, y
 
-    def batch_norm_statistics(self, x: Any, running_mean: Any, running_var: Any, momentum: float
-                              ) -> tuple[Any, Any]:
+    def batch_norm_statistics(self, x: Any, running_mean: Any, running_var: Any, momentum: float,
+                              moments: Moments | None = None) -> tuple[Any, Any]:
         return cuda_batch_norm.statistics(x, running_mean, running_var, float(momentum),
-                                          _channels_at_once(x.shape[-1], (x,)))
+                                          _channels_at_once(x.shape[-1], (x,)), moments)
 
     def batch_norm(self, x: Any, mean: Any, var: Any, gamma: Any, beta: Any, epsilon: float,
                    residual: Any, activation: str | None) -> Any:

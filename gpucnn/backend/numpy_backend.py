@@ -15,7 +15,14 @@ from numpy.lib.stride_tricks import as_strided
 from gpucnn import convolution, update
 from gpucnn.activations import LEAKY_SLOPE, activate, activation_backward
 from gpucnn.augmentation import Augmentation
-from gpucnn.backend import batch_gather, batch_norm, narrow_convolution, parallel, row_convolution
+from gpucnn.backend import (
+    Moments,
+    batch_gather,
+    batch_norm,
+    narrow_convolution,
+    parallel,
+    row_convolution,
+)
 from gpucnn.backend.recycling import Recycler
 from gpucnn.backend.row_convolution import pad
 from gpucnn.geometry import Window
@@ -81,6 +88,12 @@ class NumpyBackend:
         if narrow_convolution.pays(window, groups, x.shape):
             return narrow_convolution.conv2d(self, x, w, b, window, activation, residual)
         return convolution.conv2d(self, x, w, b, window, groups, activation, residual)
+
+    def conv2d_with_moments(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None,
+                            window: Window, groups: int, activation: str | None,
+                            residual: np.ndarray | None = None, algorithm: str = "auto",
+                            tf32: bool = False) -> tuple[np.ndarray, Moments | None]:
+        return self.conv2d(x, w, b, window, groups, activation, residual), None
 
     def conv2d_backward(self, da: np.ndarray, a: np.ndarray, x: np.ndarray, w: np.ndarray,
                         window: Window, groups: int, activation: str | None, dw: np.ndarray,
@@ -247,8 +260,8 @@ class NumpyBackend:
                                          augmentation, key)
 
     def batch_norm_statistics(self, x: np.ndarray, running_mean: np.ndarray,
-                              running_var: np.ndarray, momentum: float
-                              ) -> tuple[np.ndarray, np.ndarray]:
+                              running_var: np.ndarray, momentum: float,
+                              moments: Moments | None = None) -> tuple[np.ndarray, np.ndarray]:
         return batch_norm.statistics(self, x, running_mean, running_var, momentum)
 
     def batch_norm(self, x: np.ndarray, mean: np.ndarray, var: np.ndarray, gamma: np.ndarray,

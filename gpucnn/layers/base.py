@@ -78,6 +78,9 @@ class Layer:
         self.flat_grad: Array = None
         self.flat_cast: Array = None
         self._saved: Any = None
+        # For a BatchNorm after it, a layer may leave the moments of its last training output.
+        self.feeds_norm = False
+        self.output_moments: tuple[Array, Any] | None = None
 
     # What a subclass provides.
 

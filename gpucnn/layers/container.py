@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from gpucnn import activations
 from gpucnn.backend import Array
 from gpucnn.layers.base import Layer, Shape
+from gpucnn.layers.norm import BatchNorm
 
 
 class Sequential(Layer):
@@ -28,6 +29,9 @@ class Sequential(Layer):
     def declare(self, input_shape: Shape) -> Shape:
         for name, layer in self._children.items():
             input_shape = layer.declare_at(input_shape, _inside(self, name))
+        for layer, following in zip(self.layers, self.layers[1:]):
+            if isinstance(following, BatchNorm):
+                layer.feeds_norm, following.source = True, layer
         return input_shape
 
     def forward(self, x: Array, training: bool = False) -> Array:

@@ -75,9 +75,13 @@ class Conv2D(Layer):
         window = self._window(x.shape)
         if residual is not None:
             self.check_residual((len(x), *window.out_size(*x.shape[1:3]), self.filters), residual)
-        a = self.backend.conv2d(x, self.w.cast, self.b.data if self.b else None, window,
-                                self.groups, activation, residual, self.algorithm,
-                                self.precision.tf32)
+        arguments = (x, self.w.cast, self.b.data if self.b else None, window, self.groups,
+                     activation, residual, self.algorithm, self.precision.tf32)
+        if training and self.feeds_norm:
+            a, moments = self.backend.conv2d_with_moments(*arguments)
+            self.output_moments = None if moments is None else (a, moments)
+        else:
+            a = self.backend.conv2d(*arguments)
         self.save(training, x, a, window)
         return a
 

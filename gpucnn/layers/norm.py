@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from gpucnn import activations
 from gpucnn.backend import Array
@@ -36,6 +37,7 @@ class BatchNorm(Layer):
         self.activation = activation
         self.momentum = momentum
         self.epsilon = epsilon
+        self.source: Layer | None = None  # whose output this layer is given
 
     def declare(self, input_shape: Shape) -> Shape:
         channels = input_shape[-1:]
@@ -84,11 +86,19 @@ class BatchNorm(Layer):
             if x.size < 2 * self.gamma.size:
                 raise ValueError(f"{self.where}: needs more than 1 value per channel in training, "
                                  f"got input {x.shape}")
-            mean, var = self.backend.batch_norm_statistics(x, mean, var, self.momentum)
+            mean, var = self.backend.batch_norm_statistics(x, mean, var, self.momentum,
+                                                           self._moments_of(x))
         a = self.backend.batch_norm(x, mean, var, self.gamma.data, self.beta.data, self.epsilon,
                                     residual, activation)
         self.save(training, x, a if activation else None, mean, var)
         return a
+
+    def _moments_of(self, x: Array) -> Any:
+        """What the layer before this one may have computed of x beside it."""
+        given = self.source.output_moments if self.source else None
+        if self.source:
+            self.source.output_moments = None
+        return given[1] if given and given[0] is x else None
 
     def _backward(self, da: Array, activation: str | None, has_residual: bool
                   ) -> tuple[Array, Array]:

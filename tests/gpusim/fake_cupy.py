@@ -207,13 +207,20 @@ def array(value, dtype=None, copy=True):
     return _wrap(np.array(_unwrap(value), dtype=dtype, order="C"))
 
 
+def _has_dtype(value, dtype):
+    """Whether it is an array on the device of that dtype. (np.dtype(float) == None is true.)"""
+    return isinstance(value, ndarray) and (dtype is None or value.dtype == dtype)
+
+
 def asarray(value, dtype=None):
-    if isinstance(value, ndarray) and dtype in (None, value.dtype):
+    if _has_dtype(value, dtype):
         return value
     return array(value, dtype)
 
 
 def ascontiguousarray(value, dtype=None):
+    if _has_dtype(value, dtype) and value.ndim and value.flags.c_contiguous:
+        return value  # the very array, as in CuPy
     return _wrap(np.ascontiguousarray(_unwrap(value), dtype))
 
 
