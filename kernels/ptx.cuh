@@ -61,9 +61,9 @@ static __device__ void multiply_fragments(float (&c)[4], const unsigned (&a)[4],
     MULTIPLY("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32");
 }
 
-// A float rounded to the 10 bits that tf32 keeps (ties away from zero, as cvt.rna does, which takes
-// more instructions). A NaN whose bits would wrap around stays as it is.
+// A float rounded to the 10 bits that tf32 keeps, ties away from zero; NaN stays NaN.
 static __device__ unsigned round_to_tf32(unsigned bits) {
-    int rounded = (int)(bits + 0x1000u);
-    return (unsigned)max(rounded, (int)bits);
+    unsigned rounded;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));
+    return rounded;
 }

@@ -100,13 +100,13 @@ static __device__ void multiply_tile(float (&sums)[FRAGMENTS_M][FRAGMENTS_N][4],
             if (B_COLUMNS) load_b_columns<TILE_N>(b[j], b_tile, first_column() + j * 16, step);
             else load_b_terms(b[j], b_tile, first_column() + j * 16, step);
         }
-        if (TF32) {
-#pragma unroll
-            for (int e = 0; e < FRAGMENTS_M * 4; ++e)
-                a[e / 4][e % 4] = round_to_tf32(a[e / 4][e % 4]);
+        if (TF32) {  // b first: the other way round takes more registers than there are
 #pragma unroll
             for (int e = 0; e < FRAGMENTS_N * 2; ++e)
                 b[e / 4][e % 4] = round_to_tf32(b[e / 4][e % 4]);
+#pragma unroll
+            for (int e = 0; e < FRAGMENTS_M * 4; ++e)
+                a[e / 4][e % 4] = round_to_tf32(a[e / 4][e % 4]);
         }
 #pragma unroll
         for (int i = 0; i < FRAGMENTS_M; ++i)
