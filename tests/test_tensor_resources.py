@@ -1,0 +1,82 @@
+"""The convolutions on tensor cores by NVIDIA's compiler: each variant compiles without a warning
+for every architecture that has them, and fits its registers and its shared memory.
+
+Architectures, tiles, types and indices meet in pairs, while activations, a last step, take turns;
+the tile with the most registers meets all architectures. A full product is 1,440 compilations.
+"""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpucnn.backend.cuda_kernel import Variant, kernel_dir, read_source
+from tests.conftest import needs_cupy
+from tests.convolution_cases import TENSOR_DTYPES, pairs
+from tests.gpusim import nvrtc
+
+pytestmark = needs_cupy  # for the list of tiles
+FILES = ("conv_tensor.cu", "conv_tensor_weight_gradient.cu")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+# KiB that a block may have of it: CUDA C++ Programming Guide, "Compute Capabilities".
+SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+FLOAT16, _, FLOAT32 = TENSOR_DTYPES
+LARGEST = 0
+VARIANTS = [(*variant, turn % 5) for turn, variant in enumerate(
+    pairs(ARCHITECTURES, range(4), TENSOR_DTYPES, (np.int32, np.int64)))]
+VARIANTS += [(architecture, LARGEST, dtype, np.int32, 0) for architecture in ARCHITECTURES
+             for dtype in (FLOAT16, FLOAT32)]
+FEW = 32  # bytes a thread: where offsets have 64 bits, they cost less than one block fewer
+
+
+def tile_of(number):
+    from gpucnn.backend.cuda_convolution import TENSOR_TILES
+    return TENSOR_TILES[number]
+
+
+def compile_variant(file, architecture, number, dtype, index, activation):
+    constants = tile_of(number).constants | ({"ACTIVATION": activation} if file == FILES[0] else {})
+    variant = Variant(dtype, np.dtype(np.uint8), np.dtype(index), 16 // dtype.itemsize,
+                      tuple(constants.items()))
+    return nvrtc.compile(read_source(kernel_dir(), file, variant), file, architecture,
+                         "--ptxas-options=-v")
+
+
+@pytest.mark.parametrize(("architecture", "number", "dtype", "index", "activation"), VARIANTS,
+                         ids=lambda v: getattr(v, "__name__", str(v)))
+def test_compiles_and_spills_nothing(architecture, number, dtype, index, activation):
+    library, reason = nvrtc.find()
+    if library is None:
+        pytest.skip(reason)
+    for file in FILES:
+        compiled = compile_variant(file, architecture, number, dtype, index, activation)
+        assert "warning" not in compiled.log, compiled.log
+        kernels = nvrtc.resources(compiled)
+        assert kernels
+        for name, needs in kernels.items():
+            assert needs.shared == 0, (name, needs)  # all of it is dynamic
+            allowed = 0 if index == np.int32 else FEW
+            assert max(needs.stack, needs.spill_stores, needs.spill_loads) <= allowed, (name, needs)
+            assert needs.registers * tile_of(number).threads <= 65536 // 2, (name, needs)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_block_has_enough_shared_memory(architecture):
+    for number in range(4):
+        for dtype in TENSOR_DTYPES:
+            for weight_gradient in (False, True):
+                needed = tile_of(number).shared(dtype.itemsize, weight_gradient)
+                assert needed <= SHARED[architecture] << 10, (number, dtype, weight_gradient)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("dtype", TENSOR_DTYPES, ids=str)
+def test_the_instructions_are_those_of_tensor_cores(file, dtype):
+    library, reason = nvrtc.find()
+    if library is None:
+        pytest.skip(reason)
+    ptx = compile_variant(file, "compute_80", LARGEST, dtype, np.int32, 0).code.decode()
+    types = {"float16": "f16.f16", "bfloat16": "bf16.bf16", "float32": "tf32.tf32"}[dtype.name]
+    assert f".row.col.f32.{types}.f32" in ptx
+    assert "cp.async.cg.shared.global" in ptx
+    assert ("cvt.rna.tf32.f32" in ptx) == (dtype == FLOAT32)
+    assert "fma.rn.f32" not in ptx
