@@ -79,7 +79,7 @@ def evaluate(model: Layer, batches: Batches) -> Evaluation:
         if not len(t):
             continue
         with np.errstate(over="ignore", invalid="ignore"):  # the loss shows it
-            logits = model.forward(_receive(model, x))
+            logits = _logits(model, x)
             value, _ = loss(logits, t)
         total += float(value) * len(t)
         labels.append(np.asarray(backend_of(t).to_numpy(t)))
@@ -106,13 +106,19 @@ def predict(model: Layer, x: np.ndarray, names: list[str] | None = None) -> np.n
             raise ValueError(f"{called(i)} holds {wrong} NaN values")
     backend = model.backend
     with np.errstate(over="ignore", invalid="ignore"):  # the probabilities show it
-        logits = model.forward(_receive(model, x))
+        logits = _logits(model, x)
         probabilities = backend.to_numpy(backend.xp.exp(log_softmax(backend.xp, logits)))
     for i, row in enumerate(probabilities):
         if not np.isfinite(row).all():
             raise ValueError(f"the probabilities of {called(i)} are not finite; the model may have "
                              "diverged: train it again with a lower learning rate")
     return probabilities
+
+
+def _logits(model: Layer, x: Any) -> Array:
+    """What the model gives for x; of 16-bit logits, in float32 as losses and probabilities are."""
+    logits = model.forward(_receive(model, x))
+    return logits.astype(np.float32) if logits.itemsize == 2 else logits
 
 
 def _receive(model: Layer, x: Any) -> Array:
