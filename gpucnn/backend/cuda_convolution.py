@@ -272,14 +272,15 @@ def forward(p: Problem, plan: Plan, x: Any, w: Any, b: Any, residual: Any,
     """
     y = cupy.empty((p.n, p.oh, p.ow, p.c_out), x.dtype)
     activated: dict[str, Any] = {"ACTIVATION": _activation_code(activation)}
+    arrays = (x, w, y) if residual is None else (x, w, y, residual)
     if plan.tile is None:
-        vec = _wide(p.c_out, x, w, y)
+        vec = _wide(p.c_out, *arrays)
         _direct(y.size // vec, x, w, b, residual, y, *p.arguments, p.c_out, vec=vec,
                 **_direct_constants(p), **activated)
         return y
     outputs, partial = p.c_out // p.groups, _slab_array(plan, y.size, x.dtype)
     blocks = plan.blocks(p.n * p.oh * p.ow, outputs) * p.groups
-    kernel, options = _options(plan.tile, _forward, _tensor_forward, p.inputs, outputs, (x, w, y))
+    kernel, options = _options(plan.tile, _forward, _tensor_forward, p.inputs, outputs, arrays)
     kernel.launch(blocks, plan.tile.threads, x, w, b, residual, y, partial, moments,
                   *p.arguments, p.c_out, p.groups, plan.splits, **options, **activated)
     if partial is not None:

@@ -76,7 +76,7 @@ class CupyBackend:
     def conv2d(self, x: Any, w: Any, b: Any, window: Window, groups: int,
                activation: str | None, residual: Any = None, algorithm: str = "auto",
                tf32: bool = False) -> Any:
-        problem = _problem(x, w, window, groups, tf32)
+        problem = _problem(x, w, residual, window, groups, tf32)
         plan = forward_plan(problem, _algorithm(algorithm))
         if plan.algorithm == "im2col":
             return convolution.conv2d(self, x, w, b, window, groups, activation, residual)
@@ -86,7 +86,7 @@ class CupyBackend:
                             activation: str | None, residual: Any = None,
                             algorithm: str = "auto", tf32: bool = False
                             ) -> tuple[Any, Moments | None]:
-        problem = _problem(x, w, window, groups, tf32)
+        problem = _problem(x, w, residual, window, groups, tf32)
         plan = forward_plan(problem, _algorithm(algorithm))
         tile = plan.tile
         if tile is None or plan.splits > 1:  # what a block has is not the output then
@@ -107,8 +107,8 @@ class CupyBackend:
             if db is not None:
                 db[...] = bias_gradient
             return dx
-        p = _problem(x, w, window, groups, tf32)
         dz = cuda_convolution.activation_backward(da, a, activation, db)
+        p = _problem(x, w, dz, window, groups, tf32)
         cuda_convolution.weight_gradient(p, weight_gradient_plan(p, algorithm), x, dz, dw)
         if not input_gradient:
             return None
@@ -246,10 +246,14 @@ class CupyBackend:
                 int(rule.nesterov), vec=vec, RULE=rule.number)
 
 
-def _problem(x: Any, w: Any, window: Window, groups: int, tf32: bool) -> Problem:
-    """Tensor cores compute with 16-bit arrays, and with float32 ones where tf32 is allowed."""
+def _problem(x: Any, w: Any, other: Any, window: Window, groups: int, tf32: bool) -> Problem:
+    """Tensor cores compute with 16-bit arrays, and with float32 ones where tf32 is allowed.
+
+    other: None, or what else lies as the output does.
+    """
+    arrays = (x, w) if other is None else (x, w, other)
     tensor = ((x.itemsize == 2 or tf32) and int(cupy.cuda.Device().compute_capability) >= 80
-              and x.data.ptr % 16 == 0 == w.data.ptr % 16)
+              and all(a.data.ptr % 16 == 0 for a in arrays))
     return Problem.of(x.shape, w.shape[3], window, groups, x.dtype, tensor)
 
 
