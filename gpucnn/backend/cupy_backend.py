@@ -79,7 +79,8 @@ class CupyBackend:
         problem = _problem(x, w, residual, window, groups, tf32)
         plan = forward_plan(problem, _algorithm(algorithm))
         if plan.algorithm == "im2col":
-            return convolution.conv2d(self, x, w, b, window, groups, activation, residual)
+            return convolution.conv2d(self, _as_float32(x), _as_float32(w), b, window, groups,
+                                      activation, _as_float32(residual)).astype(x.dtype, copy=False)
         return cuda_convolution.forward(problem, plan, x, w, b, residual, activation)
 
     def conv2d_with_moments(self, x: Any, w: Any, b: Any, window: Window, groups: int,
@@ -103,10 +104,11 @@ class CupyBackend:
         algorithm = _algorithm(algorithm)
         if algorithm == "im2col":
             dx, dw[...], bias_gradient = convolution.conv2d_backward(
-                self, da, a, x, w, window, groups, activation, input_gradient)
+                self, _as_float32(da), _as_float32(a), _as_float32(x), _as_float32(w), window,
+                groups, activation, input_gradient)
             if db is not None:
                 db[...] = bias_gradient
-            return dx
+            return None if dx is None else dx.astype(x.dtype, copy=False)
         dz = cuda_convolution.activation_backward(da, a, activation, db)
         p = _problem(x, w, dz, window, groups, tf32)
         cuda_convolution.weight_gradient(p, weight_gradient_plan(p, algorithm), x, dz, dw)
@@ -244,6 +246,11 @@ class CupyBackend:
         _update(-(-u.theta.size // vec), *arrays, u.control, u.theta.size, u.decayed_size,
                 float(u.weight_decay), float(rule.beta1), float(rule.beta2), float(rule.epsilon),
                 int(rule.nesterov), vec=vec, RULE=rule.number)
+
+
+def _as_float32(a: Any) -> Any:
+    """a, or None, as im2col's products take it: cuBLAS would store their sums in 16 bits."""
+    return a.astype(np.float32) if a is not None and a.itemsize == 2 else a
 
 
 def _problem(x: Any, w: Any, other: Any, window: Window, groups: int, tf32: bool) -> Problem:
