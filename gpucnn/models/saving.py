@@ -15,9 +15,11 @@ import safetensors
 import safetensors.numpy
 
 from gpucnn._version import __version__
+from gpucnn.backend import get_backend
 from gpucnn.errors import CheckpointError, ModelFormatError
 from gpucnn.files import PathLike, one_line, write_atomically
 from gpucnn.layers import Layer, from_config
+from gpucnn.precision import make_precision
 
 FORMAT = 1
 
@@ -58,9 +60,12 @@ def load_model(path: PathLike, precision: str | None = None) -> tuple[Layer, dic
         built in float32, which its parameters are stored in.
 
     Raises FileNotFoundError, CheckpointError for damaged or unfitting weights, ModelFormatError
-    for a description that cannot be turned into a model.
+    for a description that cannot be turned into a model, ValueError for a precision that is not
+    known or not this backend's.
     """
     path = _checked(path)
+    if precision is not None:
+        make_precision("load_model", precision, get_backend().name)
     description = _read_description(path.with_suffix(".json"))
     try:
         model = from_config(description["model"])
