@@ -17,9 +17,9 @@ from tests.gpusim.mutation import mutated
 
 pytestmark = needs_simulator
 FLOAT16, BFLOAT16, FLOAT32 = TENSOR_DTYPES
-TENSOR, WEIGHTS, TILE, PTX, GEMM, SPLITS = (
-    "conv_tensor.cu", "conv_tensor_weight_gradient.cu", "tensor_tile.cuh", "ptx.cuh",
-    "implicit_gemm.cuh", "finish_splits.cu")
+TENSOR, WEIGHTS, TILE, WGMMA, PTX, GEMM, SPLITS = (
+    "conv_tensor.cu", "conv_tensor_weight_gradient.cu", "tensor_tile.cuh", "wgmma_tile.cuh",
+    "ptx.cuh", "implicit_gemm.cuh", "finish_splits.cu")
 # Ragged in rows, results and terms, and longer than STAGES tiles; and with phases in the gradient.
 RAGGED = Shape((2, 4, 5), depth=3, filters=5, groups=2, padding=1)
 STRIDED = Shape((1, 7, 6), (3, 2), filters=2, stride=(2, 3), dilation=(1, 2), padding=1)
@@ -27,8 +27,8 @@ WRONG, FAULT = AssertionError, KernelFault
 
 
 def tiles():
-    from gpucnn.backend.cuda_convolution import TENSOR_TILES  # which needs CuPy
-    return TENSOR_TILES
+    from gpucnn.backend.cuda_convolution import TENSOR_TILES, WGMMA_TILES  # which needs CuPy
+    return TENSOR_TILES + WGMMA_TILES
 
 
 class Bug(NamedTuple):
@@ -158,6 +158,28 @@ BUGS = {
     "the bias of the first group": Bug(
         TENSOR, "finish(sum[e], bias, channel + e,", "finish(sum[e], bias, result + e,",
         WRONG, "y", FLOAT16),
+    "wgmma: pieces do not change places": Bug(
+        WGMMA, "(piece ^ (row & 7)) << 4", "piece << 4", WRONG, "y", FLOAT16, tile=4),
+    "wgmma: atoms as far apart as blocks": Bug(
+        WGMMA, "(ATOM_BYTES >> 4) << 32", "(BLOCK_BYTES >> 4) << 32", FAULT, "y", FLOAT16, tile=4),
+    "wgmma: A is transposed instead of B": Bug(
+        WGMMA, 'SUMS_32(0), SUMS_32(8) : "l"(a), "l"(b), "n"(A_COLUMNS), "n"(B_COLUMNS)',
+        'SUMS_32(0), SUMS_32(8) : "l"(a), "l"(b), "n"(B_COLUMNS), "n"(A_COLUMNS)',
+        FAULT, "y", FLOAT16, tile=4),
+    "wgmma: both warpgroups take the same rows": Bug(
+        WGMMA, "first = threadIdx.x / 128 * FRAGMENTS_M;", "first = 0;", WRONG, "dw", FLOAT16,
+        shape=Shape((1, 5, 5), depth=4), tile=5),
+    "wgmma: no fence before the products": Bug(
+        WGMMA, 'asm volatile("wgmma.fence.sync.aligned;" ::: "memory");', "", FAULT, "y", FLOAT16,
+        tile=4),
+    "wgmma: copies are not shown to it": Bug(
+        WGMMA, 'asm volatile("fence.proxy.async.shared::cta;" ::: "memory");', "", FAULT, "dx",
+        FLOAT16, tile=4),
+    "wgmma: a stage is written while it is multiplied": Bug(
+        WGMMA, "wgmma.wait_group.sync.aligned 1;", "wgmma.wait_group.sync.aligned 2;", FAULT, "dw",
+        FLOAT16, shape=Shape((2, 16, 16), (1, 1)), tile=4),
+    "wgmma: sums are read before they are there": Bug(
+        WGMMA, "wgmma.wait_group.sync.aligned 0;", "", WRONG, "y", FLOAT16, tile=4),
     "split sums get no bias": Bug(
         SPLITS, "finish(z, bias_or_null,", "finish(z, nullptr,", WRONG, "y", FLOAT16, splits=2),
 }

@@ -3,9 +3,11 @@
 A variant is a tile, a type of elements, a type of indices, an activation and a pass; each is a
 compilation of its own. Every tile meets every type, in every pass, on a shape that is ragged in
 every direction. What does not depend on the tile is covered in pairs, not as a full product:
-geometries with types, activations with types and tiles, splits with all of them.
+geometries with types, activations with types, splits with all of them.
 """
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import pytest
@@ -29,29 +31,38 @@ FLOAT16, BFLOAT16, FLOAT32 = TENSOR_DTYPES
 ACTIVATIONS = ("relu", "leaky_relu", "sigmoid", "tanh")
 
 
-def tiles():
-    from gpucnn.backend.cuda_convolution import TENSOR_TILES
-    return TENSOR_TILES
-
-
-TILES = range(4)  # by number: the list itself needs CuPy
+TILES, WGMMA = range(4), range(4, 7)  # by number: the lists themselves need CuPy
 SMALL = 3
-HEIGHTS = {128: 3, 64: 5, 32: 3}  # divide a tile's rows and one
+ALL = [*itertools.product(TILES, TENSOR_DTYPES), *((number, FLOAT16) for number in WGMMA),
+       *((number, BFLOAT16) for number in (WGMMA[0], WGMMA[2]))]  # both widths of the instruction
+HEIGHTS = {256: 1, 128: 3, 64: 5, 32: 3}  # divide a tile's rows and one
 
 
-def test_there_are_so_many_tiles():
-    assert len(tiles()) == len(TILES)
+def tile_of(number):
+    """From TENSOR_TILES, then WGMMA_TILES, which are for sm_90 alone."""
+    import cupy
+
+    from gpucnn.backend.cuda_convolution import TENSOR_TILES, WGMMA_TILES
+
+    if number in WGMMA and cupy.cuda.Device().compute_capability != "90":
+        pytest.skip("wgmma needs sm_90")
+    return (TENSOR_TILES + WGMMA_TILES)[number]
 
 
-@pytest.mark.parametrize("dtype", TENSOR_DTYPES, ids=str)
-@pytest.mark.parametrize("number", TILES)
+def test_all_tiles_have_a_number():
+    from gpucnn.backend.cuda_convolution import TENSOR_TILES, WGMMA_TILES
+
+    assert (len(TENSOR_TILES), len(WGMMA_TILES)) == (len(TILES), len(WGMMA))
+
+
+@pytest.mark.parametrize(("number", "dtype"), ALL, ids=str)
 def test_each_tile_and_type_with_edges_in_every_direction(cupy_backend, number, dtype):
     """One row and one piece of columns more than a tile, and a sum that ends inside one.
 
     The sum takes fewer tiles of k than STAGES in y and dx, and more in most of dw; splits are some
     that do not divide it.
     """
-    tile, piece = tiles()[number], 16 // dtype.itemsize
+    tile, piece = tile_of(number), 16 // dtype.itemsize
     height = HEIGHTS[tile.m]
     image, wide = (1, height, (tile.m + 1) // height), tile.n // piece + 1
     many, one = Shape(image, filters=wide, padding=1), Shape(image, depth=wide, padding=1)
@@ -60,13 +71,12 @@ def test_each_tile_and_type_with_edges_in_every_direction(cupy_backend, number, 
         judge(cupy_backend, tile, shape, random_arrays(shape, dtype), passes, splits=(1, 2))
 
 
-@pytest.mark.parametrize("dtype", TENSOR_DTYPES, ids=str)
-@pytest.mark.parametrize("number", TILES)
+@pytest.mark.parametrize(("number", "dtype"), ALL[:-2], ids=str)
 def test_long_sums(cupy_backend, number, dtype):
     """12 tiles of k in y and dx, shared out among splits of which the last has less or nothing to
     do; in dw 5 tiles of 16-bit numbers, or 9."""
     shape = Shape((1, 9, 16), depth=5, filters=5, padding=1)
-    judge(cupy_backend, tiles()[number], shape, random_arrays(shape, dtype), splits=(1, 5, 7))
+    judge(cupy_backend, tile_of(number), shape, random_arrays(shape, dtype), splits=(1, 5))
 
 
 GEOMETRIES = {
@@ -96,40 +106,39 @@ GEOMETRIES = {
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_geometries(cupy_backend, name, dtype):
     shape, number = GEOMETRIES[name], list(GEOMETRIES).index(name)
-    judge(cupy_backend, tiles()[(SMALL, 2)[number % 2]], shape, random_arrays(shape, dtype, number),
+    judge(cupy_backend, tile_of((SMALL, 2)[number % 2]), shape, random_arrays(shape, dtype, number),
           splits=(1, 3))
 
 
-EPILOGUES = pairs(ACTIVATIONS, TENSOR_DTYPES, TILES, (1, 3), (("b", "residual"), ("b",),
-                                                              ("residual",)))
+EPILOGUES = pairs(ACTIVATIONS, TENSOR_DTYPES, (1, 3), (("b", "residual"), ("b",), ("residual",)))
 
 
-@pytest.mark.parametrize(("activation", "dtype", "number", "splits", "added"), EPILOGUES,
+@pytest.mark.parametrize(("activation", "dtype", "splits", "added"), EPILOGUES,
                          ids=lambda v: "+".join(v) if isinstance(v, tuple) else str(v))
-def test_bias_residual_and_activation(cupy_backend, activation, dtype, number, splits, added):
+def test_bias_residual_and_activation(cupy_backend, activation, dtype, splits, added):
     shape = Shape((2, 4, 5), (2, 2), filters=3, groups=2)
     a = random_arrays(shape, dtype)
     for name in {"b", "residual"} - set(added):
         del a[name]
-    judge(cupy_backend, tiles()[number], shape, a, "y", splits=(splits,), activation=activation)
+    judge(cupy_backend, tile_of(SMALL), shape, a, "y", splits=(splits,), activation=activation)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, FLOAT32], ids=str)
 def test_64_bit_indices(cupy_backend, monkeypatch, dtype):
     monkeypatch.setattr(cuda_kernel, "MAX_INT_INDEX", -1)
     shape = Shape((2, 5, 4), (3, 2), depth=2, filters=5, groups=2, stride=(2, 1), padding=1)
-    judge(cupy_backend, tiles()[SMALL], shape, random_arrays(shape, dtype), splits=(1, 2))
+    judge(cupy_backend, tile_of(SMALL), shape, random_arrays(shape, dtype), splits=(1, 2))
 
 
 @needs_simulator
-@pytest.mark.parametrize("dtype", TENSOR_DTYPES, ids=str)
-@pytest.mark.parametrize("number", [SMALL, 1])
+@pytest.mark.parametrize(("number", "dtype"), [
+    *itertools.product((SMALL, 1), TENSOR_DTYPES), (WGMMA[0], FLOAT16)], ids=str)
 def test_the_order_of_threads_changes_no_bit(cupy_backend, monkeypatch, number, dtype):
     shape = Shape((2, 5, 7), depth=3, filters=5, padding=1)
     a, results = random_arrays(shape, dtype), []
     for order in gpusim.engine.ORDERS:
         monkeypatch.setitem(fake_cupy.options, "order", order)
-        results.append(Kernels(cupy_backend, tiles()[number], 2).run(shape, a))
+        results.append(Kernels(cupy_backend, tile_of(number), 2).run(shape, a))
     for other in results[1:]:
         for name, value in results[0].items():
             assert value.tobytes() == other[name].tobytes(), name
@@ -165,7 +174,7 @@ def test_numbers_that_are_not_ordinary(cupy_backend, result, factor, other, long
     a = {name: np.zeros_like(v) for name, v in random_arrays(shape, dtype).items()}
     a[factor] = (alone if longer == "image" else alone.T).reshape(a[factor].shape)
     a[other] = np.eye(piece, dtype=dtype).reshape(a[other].shape)
-    got = Kernels(cupy_backend, tiles()[SMALL]).run(shape, a, result)[result]
+    got = Kernels(cupy_backend, tile_of(SMALL)).run(shape, a, result)[result]
     got = got.reshape(n, piece) if got.shape[-1] == piece else got.reshape(piece, n).T
     np.testing.assert_array_equal(got[places].astype(np.float64), as_factor(values))
 
@@ -178,11 +187,11 @@ def test_nan_and_infinity_reach_what_they_should_and_nothing_else(cupy_backend, 
     a["x"][0, 3, 2, 1], a["x"][1, 0, 5, 7], a["x"][1, 6, 0, 0] = nan, np.inf, -np.inf
     a["dz"][0, 1, 2, 1], a["dz"][1, 0, 5, 7] = nan, -np.inf
     a["residual"][1, 2, 2, 3] = -nan
-    judge(cupy_backend, tiles()[SMALL], shape, a, splits=(1, 2))
+    judge(cupy_backend, tile_of(SMALL), shape, a, splits=(1, 2))
     a = random_arrays(shape, dtype)
     a["w"][1, 2, 3, 4], a["w"][0, 0, 1, 2] = nan, np.inf
     a["b"][1] = np.nan
-    judge(cupy_backend, tiles()[SMALL], shape, a, "y", activation="relu")
+    judge(cupy_backend, tile_of(SMALL), shape, a, "y", activation="relu")
 
 
 def test_sums_of_float16_may_pass_its_largest_number_on_the_way(cupy_backend):
@@ -192,7 +201,7 @@ def test_sums_of_float16_may_pass_its_largest_number_on_the_way(cupy_backend):
     a["x"][...], a["w"][...] = 250, 250
     for x, want in ((np.float16(250), np.inf), (np.float16(-250), 0)):
         a["x"][..., 32:] = x
-        y = Kernels(cupy_backend, tiles()[SMALL]).run(shape, a, "y")["y"]
+        y = Kernels(cupy_backend, tile_of(SMALL)).run(shape, a, "y")["y"]
         np.testing.assert_array_equal(y, np.full_like(y, want))
 
 
@@ -201,4 +210,4 @@ def test_bfloat16_has_the_range_of_float32(cupy_backend):
     a = random_arrays(shape, BFLOAT16)
     a["x"], a["dz"] = a["x"] * BFLOAT16.type(1e18), a["dz"] * BFLOAT16.type(1e-18)
     a["w"] = a["w"] * BFLOAT16.type(1e18)
-    judge(cupy_backend, tiles()[SMALL], shape, a)
+    judge(cupy_backend, tile_of(SMALL), shape, a)

@@ -19,7 +19,7 @@ FILES = ("conv_tensor.cu", "conv_tensor_weight_gradient.cu")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 # KiB that a block may have of it: CUDA C++ Programming Guide, "Compute Capabilities".
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
-FLOAT16, _, FLOAT32 = TENSOR_DTYPES
+FLOAT16, BFLOAT16, FLOAT32 = TENSOR_DTYPES
 LARGEST = 0
 VARIANTS = [(*variant, turn % 5) for turn, variant in enumerate(
     pairs(ARCHITECTURES, range(4), TENSOR_DTYPES, (np.int32, np.int64)))]
@@ -29,8 +29,8 @@ FEW = 32  # bytes a thread: where offsets have 64 bits, they cost less than one 
 
 
 def tile_of(number):
-    from gpucnn.backend.cuda_convolution import TENSOR_TILES
-    return TENSOR_TILES[number]
+    from gpucnn.backend.cuda_convolution import TENSOR_TILES, WGMMA_TILES
+    return (TENSOR_TILES + WGMMA_TILES)[number]
 
 
 def compile_variant(file, architecture, number, dtype, index, activation):
@@ -57,6 +57,23 @@ def test_compiles_and_spills_nothing(architecture, number, dtype, index, activat
             allowed = 0 if index == np.int32 else FEW
             assert max(needs.stack, needs.spill_stores, needs.spill_loads) <= allowed, (name, needs)
             assert needs.registers * tile_of(number).threads <= 65536 // 2, (name, needs)
+
+
+@pytest.mark.parametrize(("number", "dtype"), [(4, FLOAT16), (5, BFLOAT16), (6, FLOAT16)], ids=str)
+def test_wgmma_spills_nothing_and_is_not_serialized(number, dtype):
+    """The compiler waits after each product, and says so, where it has to move the sums."""
+    library, reason = nvrtc.find()
+    if library is None:
+        pytest.skip(reason)
+    tile = tile_of(number)
+    assert tile.shared(dtype.itemsize) <= SHARED["sm_90"] << 10
+    for file in FILES:
+        compiled = compile_variant(file, "sm_90a", number, dtype, np.int32, 0)
+        assert "warning" not in compiled.log, compiled.log
+        assert "serialized" not in compiled.log, compiled.log
+        for name, needs in nvrtc.resources(compiled).items():
+            assert needs[1:] == (0, 0, 0, 0), (name, needs)
+            assert needs.registers * tile.threads <= 65536, (name, needs)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
