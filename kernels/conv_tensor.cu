@@ -147,7 +147,7 @@ template <bool GRADIENT>
 static __device__ void convolve(const Product& p, const Share& own, int splits, const float* bias,
                                 const scalar_t* residual, scalar_t* y, float* partial,
                                 float* moments) {
-    extern __shared__ unsigned char raw[];
+    extern __shared__ __align__(128) unsigned char raw[];
     unsigned char* memory = raw + (-(int)shared_address(raw) & (ALIGNMENT - 1));
     const index_t rows = p.rows();
     if (own.first_row >= rows) return;

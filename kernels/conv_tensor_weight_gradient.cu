@@ -19,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_EACH) conv_tensor_w
     int n, int h, int w, int c, int oh, int ow, int kh, int kw, int sh, int sw, int top, int left,
     int dh, int dw, int c_out, int groups, int splits)
 {
-    extern __shared__ unsigned char raw[];
+    extern __shared__ __align__(128) unsigned char raw[];
     unsigned char* memory = raw + (-(int)shared_address(raw) & (ALIGNMENT - 1));
     const int inputs = c / groups, outputs = c_out / groups, terms = kh * kw * inputs;
     int block = blockIdx.x;
