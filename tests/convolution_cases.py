@@ -142,8 +142,11 @@ class Kernels(NamedTuple):
     splits: int = 1
 
     def run(self, shape: Shape, a: Arrays, passes: str = "y dx dw", *,
-            activation: str | None = None, tensor: bool = True) -> Arrays:
-        """The results on the host; b and residual are used where they are among the arrays."""
+            activation: str | None = None, tensor: bool = True, moments: bool = False) -> Arrays:
+        """The results on the host; b and residual are used where they are among the arrays.
+
+        moments: those of y as well, (bands of tile.m rows, 2, c_out): means and sums of squares.
+        """
         from gpucnn.backend import cuda_convolution as launches
 
         there = {name: self.backend.asarray(v) for name, v in a.items()}
@@ -154,8 +157,12 @@ class Kernels(NamedTuple):
         plan = launches.Plan("implicit_gemm", self.tile, self.splits)
         results = {}
         if "y" in passes:
+            if moments:
+                bands = -(-math.prod(a["dz"].shape[:3]) // self.tile.m)
+                results["moments"] = self.backend.empty((bands, 2, w.shape[3]), np.float32)
             results["y"] = launches.forward(problem, plan, x, w, there.get("b"),
-                                            there.get("residual"), activation)
+                                            there.get("residual"), activation,
+                                            results.get("moments"))
         if "dx" in passes:
             results["dx"] = launches.input_gradient(problem, plan, dz, w)
         if "dw" in passes:

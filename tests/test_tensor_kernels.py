@@ -123,6 +123,21 @@ def test_bias_residual_and_activation(cupy_backend, activation, dtype, splits, a
     judge(cupy_backend, tile_of(SMALL), shape, a, "y", splits=(splits,), activation=activation)
 
 
+@pytest.mark.parametrize(("number", "dtype"), ALL, ids=str)
+def test_the_moments_that_y_leaves_are_those_of_its_stored_numbers(cupy_backend, number, dtype):
+    """Of each band of rows, the last of which is ragged, and of channels in ragged columns."""
+    tile = tile_of(number)
+    shape = Shape((2, 11, 13), (1, 1), filters=5, groups=2)
+    a = random_arrays(shape, dtype)
+    a["b"] += 100  # the squares of what is far from 0 lose all digits unless its mean is taken off
+    got = Kernels(cupy_backend, tile).run(shape, a, "y", moments=True)
+    rows = got["y"].astype(np.float64).reshape(-1, a["w"].shape[3])
+    for band, (mean, squares) in enumerate(got["moments"]):
+        part = rows[band * tile.m:(band + 1) * tile.m]
+        np.testing.assert_allclose(mean, part.mean(axis=0), rtol=1e-6)
+        np.testing.assert_allclose(squares, part.var(axis=0) * len(part), rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [FLOAT16, FLOAT32], ids=str)
 def test_64_bit_indices(cupy_backend, monkeypatch, dtype):
     monkeypatch.setattr(cuda_kernel, "MAX_INT_INDEX", -1)

@@ -96,4 +96,3 @@ def test_the_instructions_are_those_of_tensor_cores(file, dtype):
     assert f".row.col.f32.{types}.f32" in ptx
     assert "cp.async.cg.shared.global" in ptx
     assert ("cvt.rna.tf32.f32" in ptx) == (dtype == FLOAT32)
-    assert "fma.rn.f32" not in ptx
