@@ -144,6 +144,12 @@ class Backend(Protocol):
     def avg_pool_backward(self, dy: Array, x_shape: tuple[int, ...], window: Window) -> Array:
         """The adjoint of avg_pool: dy (n, oh, ow, c) -> dx of x_shape."""
 
+    def global_avg_pool(self, x: Array) -> Array:
+        """x (n, h, w, c) -> (n, c), the mean over the image."""
+
+    def global_avg_pool_backward(self, dy: Array, x_shape: tuple[int, ...]) -> Array:
+        """The adjoint of global_avg_pool: dy (n, c) -> dx of x_shape."""
+
     def dropout(self, x: Array, rate: float, key: int, stream: int) -> Array:
         """x with elements zeroed where gpucnn.rng draws below `rate`, the rest / (1 - rate)."""
 

@@ -171,6 +171,14 @@ class CupyBackend:
         _launch(_avg_pool_backward, dx.size, (dy, dx), x_shape, window, ())
         return dx
 
+    def global_avg_pool(self, x: Any) -> Any:
+        n, h, w, c = x.shape
+        return self.avg_pool(x, _whole_image(h, w)).reshape(n, c)
+
+    def global_avg_pool_backward(self, dy: Any, x_shape: tuple[int, ...]) -> Any:
+        n, h, w, c = x_shape
+        return self.avg_pool_backward(dy.reshape(n, 1, 1, c), x_shape, _whole_image(h, w))
+
     def dropout(self, x: Any, rate: float, key: int, stream: int) -> Any:
         y = cupy.empty(x.shape, x.dtype)
         _dropout(-(-x.size // 4), x, y, x.size, drop_threshold(rate), 1 / (1 - rate),
@@ -271,6 +279,10 @@ def _algorithm(of_layer: str) -> str:
         raise ValueError(f"GPUCNN_CONV={chosen!r} is not known; use "
                          f"{', '.join(map(repr, ALGORITHMS))}")
     return chosen or of_layer
+
+
+def _whole_image(h: int, w: int) -> Window:
+    return Window(h, w, h, w, 0, 0, 0, 0, 1, 1)
 
 
 def _output_shape(x_shape: tuple[int, ...], window: Window) -> tuple[int, ...]:

@@ -239,6 +239,16 @@ class NumpyBackend:
         self._for_images(share_out, dx, 2 * dx.nbytes)
         return dx
 
+    def global_avg_pool(self, x: np.ndarray) -> np.ndarray:
+        # Products with ones, along a row and then over the rows: see numerics.sum_rows.
+        _, h, w, _ = x.shape
+        return np.ones(h, x.dtype) @ (np.ones(w, x.dtype) @ x) / float(h * w)
+
+    def global_avg_pool_backward(self, dy: np.ndarray, x_shape: tuple[int, ...]) -> np.ndarray:
+        n, h, w, c = x_shape
+        share = (dy / float(h * w)).reshape(n, 1, 1, c)
+        return np.ascontiguousarray(np.broadcast_to(share, x_shape))
+
     def dropout(self, x: np.ndarray, rate: float, key: int, stream: int) -> np.ndarray:
         y = self.empty(x.shape, x.dtype)
         flat_x, flat_y = x.reshape(-1), y.reshape(-1)

@@ -62,8 +62,8 @@ class Softmax(Layer):
 
     def forward(self, x: Array, training: bool = False) -> Array:
         x = self.receive(x)
-        xp = self.backend.xp
-        y = xp.exp(log_softmax(xp, x))
+        xp, exact = self.backend.xp, self.precision.parameters  # 16 bits would not hold the sum
+        y = xp.exp(log_softmax(xp, x.astype(exact, copy=False))).astype(self.dtype, copy=False)
         self.save(training, y)
         return y
 

@@ -94,23 +94,12 @@ class GlobalAvgPool2D(Layer):
     def forward(self, x: Array, training: bool = False) -> Array:
         x = self.receive(x, 4)
         self.save(training, x.shape)
-        xp, (n, h, w, c) = self.backend.xp, x.shape
-        if x.itemsize == 2:  # the kernel adds in float32
-            return self.backend.avg_pool(x, self._window(x.shape)).reshape(n, c)
-        # Products with ones, along a row and then over the rows: see numerics.sum_rows.
-        return xp.ones(h, x.dtype) @ (xp.ones(w, x.dtype) @ x) / float(h * w)
+        return self.backend.global_avg_pool(x)
 
     def backward(self, dy: Array) -> Array:
         (x_shape,) = self.take_saved()
-        n, h, w, c = x_shape
-        dy = self.receive_gradient(dy, (n, c)).reshape(n, 1, 1, c)
-        if dy.itemsize == 2:
-            return self.backend.avg_pool_backward(dy, x_shape, self._window(x_shape))
-        return self.backend.asarray(self.backend.xp.broadcast_to(dy / float(h * w), x_shape))
-
-    def _window(self, x_shape: Shape) -> Window:
-        size = x_shape[1], x_shape[2]
-        return make_window(self.where, size, size, 0, 1, size)
+        dy = self.receive_gradient(dy, (x_shape[0], x_shape[3]))
+        return self.backend.global_avg_pool_backward(dy, x_shape)
 
 
 def _pool_window(layer: MaxPool2D | AvgPool2D, x_shape: Shape, dilation: IntOrPair) -> Window:
