@@ -79,10 +79,10 @@ TILES = (Tile(128, 128, 8, 8, 1.0), Tile(128, 64, 8, 8, 0.9), Tile(64, 64, 8, 8,
          Tile(32, 32, 4, 4, 0.4))
 TENSOR_TILES = (Tile(128, 128, 64, 32, 1.0, 4), Tile(128, 64, 64, 32, 0.9, 4),
                 Tile(64, 64, 32, 32, 0.7, 4), Tile(32, 32, 16, 16, 0.3, 3))
-# For 16-bit elements on sm_90. `auto` leaves them out until they have been measured: gpu_check.py
-# times them beside the others.
+# For 16-bit elements on sm_90.
 WGMMA_TILES = (Tile(128, 128, 128, 128, 1.0, 4, True), Tile(256, 128, 128, 128, 1.0, 4, True),
                Tile(128, 64, 128, 64, 0.9, 4, True))
+AUTO_WGMMA = False  # whether `auto` may choose those: gpu_check.py measures whether it should
 
 
 class Plan(NamedTuple):
@@ -208,6 +208,13 @@ def weight_gradient_plan(p: Problem, algorithm: str = "auto", processors: int | 
     return _gemm_plan(p, terms, p.c_out // p.groups, pixels, p.groups, size, processors)
 
 
+def possible_tiles(p: Problem, wgmma: bool = True) -> tuple[Tile, ...]:
+    """Those in which this GPU can compute the products. wgmma: whether to list WGMMA_TILES too."""
+    if not p.tensor:
+        return TILES
+    wgmma = wgmma and p.dtype.itemsize == 2 and capability() == 90
+    return TENSOR_TILES + (WGMMA_TILES if wgmma else ())
+
 
 def _im2col_plan(p: Problem) -> Plan:
     cols = p.n * p.oh * p.ow * p.window.places * p.c * p.dtype.itemsize
@@ -228,7 +235,7 @@ def _gemm_plan(p: Problem, rows: int, columns: int, terms: int, products: int, s
     at_once = BLOCKS_EACH * (processors or _processors())
     a_word = TENSOR_PRODUCTS_A_WORD if p.tensor else PRODUCTS_A_WORD
     best, least = None, math.inf
-    for tile in TENSOR_TILES if p.tensor else TILES:
+    for tile in possible_tiles(p, AUTO_WGMMA):
         blocks = max(1, -(-rows // tile.m) * -(-columns // tile.n) * products)
         splits = max(1, min(-(-at_once // blocks), terms // TERMS_A_SPLIT, MAX_SPLITS))
         waves = -(-blocks * splits // at_once)
@@ -404,6 +411,11 @@ def _wide(channels: int, *arrays: Any) -> int:
 
 def _aligned(vec: int, arrays: tuple) -> bool:
     return all(a.data.ptr % (vec * a.itemsize) == 0 for a in arrays)
+
+
+def capability() -> int:
+    """The compute capability of the current GPU: 90 for 9.0."""
+    return int(cupy.cuda.Device().compute_capability)
 
 
 @functools.cache

@@ -267,7 +267,7 @@ def _problem(x: Any, w: Any, other: Any, window: Window, groups: int, tf32: bool
     other: None, or what else lies as the output does.
     """
     arrays = (x, w) if other is None else (x, w, other)
-    tensor = ((x.itemsize == 2 or tf32) and int(cupy.cuda.Device().compute_capability) >= 80
+    tensor = ((x.itemsize == 2 or tf32) and cuda_convolution.capability() >= 80
               and all(a.data.ptr % 16 == 0 for a in arrays))
     return Problem.of(x.shape, w.shape[3], window, groups, x.dtype, tensor)
 
