@@ -238,8 +238,11 @@ def check_labels(backend: Backend, labels: Array, n: int, classes: int) -> Array
     """labels as an integer array (n,) of the backend, each from 0 to classes - 1.
 
     Those of the host are checked there and moved; those of the GPU are checked on it, for which it
-    is waited. Raises TypeError for floats, bools, one-hot rows, masked arrays and labels on a GPU
-    beside logits that are not, ValueError for a wrong number or a label out of range.
+    is waited. While a CUDA graph is captured nothing can wait: the kernel makes the loss NaN then
+    for a label out of range.
+
+    Raises TypeError for floats, bools, one-hot rows, masked arrays and labels on a GPU beside
+    logits that are not, ValueError for a wrong number or a label out of range.
     """
     if not hasattr(labels, "dtype") and not isinstance(labels, (list, tuple)):
         raise TypeError(f"labels must be integers of shape (N,), got {labels!r}")
@@ -252,6 +255,8 @@ def check_labels(backend: Backend, labels: Array, n: int, classes: int) -> Array
     if backend.name == "numpy" and backend_of(labels) is not backend:
         raise TypeError(f"softmax_cross_entropy: logits is a numpy array, labels a "
                         f"{backend_of(labels).name} array; move one of them")
+    if backend_of(labels).name == "cupy" and backend.capturing():
+        return labels
     wrong = (labels < 0) | (labels >= classes)
     if wrong.any():
         position = int(wrong.argmax())

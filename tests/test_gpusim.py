@@ -303,12 +303,17 @@ def test_a_graph_does_again_what_was_captured():
         stream.begin_capture()
         kernel((1,), (8,), (x, y, np.float32(2), np.int32(8)))
         total += y + 1
+        doubles = fake_cupy.ascontiguousarray(fake_cupy.asarray(x, np.float64))
+        zeros = fake_cupy.zeros(8)
+        zeros += 1
         graph = stream.end_capture()
     total[...] = 0
     x += 1
     graph.launch(stream)
     graph.launch()
     np.testing.assert_array_equal(total.get(), 2 * (2 * np.arange(1, 9) + 1))
+    np.testing.assert_array_equal(doubles.get(), np.arange(1, 9))
+    np.testing.assert_array_equal(zeros.get(), np.ones(8))
 
 
 @pytest.mark.parametrize("refused", [

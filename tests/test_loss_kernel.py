@@ -9,6 +9,7 @@ import pytest
 
 from gpucnn import reference
 from gpucnn.backend import cuda_kernel
+from gpucnn.losses import SoftmaxCrossEntropy
 from tests.cases import unit_roundoff
 from tests.conftest import needs_simulator
 from tests.gpusim.mutation import mutated
@@ -78,6 +79,26 @@ def test_a_label_out_of_range_is_nan_on_the_gpu(cupy_backend):
             z, cupy_backend.asarray([label, 0]), 0.1)
         assert np.isnan(float(loss))
         assert int(hits) == 1
+
+
+def test_a_captured_loss_does_not_wait_for_its_labels(cupy_backend):
+    """The kernel makes the loss NaN where the check would have raised."""
+    stream, asarray = cupy_backend.xp.cuda.Stream(non_blocking=True), cupy_backend.asarray
+    z, t, loss = asarray(np.eye(3, dtype=np.float32)), asarray([0, 1, 2]), SoftmaxCrossEntropy()
+    expected = float(loss(z, t)[0])
+    with stream:
+        stream.begin_capture()
+        try:
+            captured = loss(z, t)[0]
+        finally:
+            graph = stream.end_capture()
+        graph.launch(stream)
+        assert float(captured) == expected
+        t[1] = 3
+        graph.launch(stream)
+        assert np.isnan(float(captured))
+    with pytest.raises(ValueError, match="label 3 at position 1 is out of range"):
+        loss(z, t)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])

@@ -59,6 +59,9 @@ class Backend(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """An uninitialised C-contiguous array, in memory that was used before if there is any."""
 
+    def capturing(self) -> bool:
+        """Whether calls are captured into a CUDA graph now: nothing can be waited for then."""
+
     def blocks(self, n: int, item_bytes: int, least_bytes: int = 0) -> list[slice]:
         """n items in blocks of about block_bytes, or of `least_bytes` where that is more.
 

@@ -56,6 +56,9 @@ class CupyBackend:
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return cupy.empty(shape, dtype)  # CuPy's memory pool reuses what is free
 
+    def capturing(self) -> bool:
+        return bool(cupy.cuda.get_current_stream().is_capturing())
+
     def blocks(self, n: int, item_bytes: int, least_bytes: int = 0) -> list[slice]:
         return blocks_of(n, max(self.block_bytes, least_bytes) // max(1, item_bytes))
 

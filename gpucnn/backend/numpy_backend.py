@@ -52,6 +52,9 @@ class NumpyBackend:
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         return self._recycler.empty(shape, dtype)
 
+    def capturing(self) -> bool:
+        return False
+
     def blocks(self, n: int, item_bytes: int, least_bytes: int = 0) -> list[slice]:
         count = max(1, -(-n * item_bytes // max(self.block_bytes, least_bytes)))
         if count < 16:  # a power of two: threads that share out few blocks get as many each

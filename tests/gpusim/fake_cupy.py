@@ -196,7 +196,7 @@ def empty_like(array, dtype=None):
 def zeros(shape, dtype=float):
     nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     if nbytes < _HUGE:
-        return _wrap(np.zeros(shape, dtype))
+        return _do(np.zeros, (shape, dtype), {})
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # NORESERVE
     return _wrap(np.frombuffer(pages, dtype).reshape(shape))
 
@@ -204,7 +204,7 @@ def zeros(shape, dtype=float):
 def array(value, dtype=None, copy=True):
     if not isinstance(value, ndarray):
         _refuse_in_a_graph()
-    return _wrap(np.array(_unwrap(value), dtype=dtype, order="C"))
+    return _do(np.array, (value,), {"dtype": dtype, "order": "C"})
 
 
 def _has_dtype(value, dtype):
@@ -221,7 +221,7 @@ def asarray(value, dtype=None):
 def ascontiguousarray(value, dtype=None):
     if _has_dtype(value, dtype) and value.ndim and value.flags.c_contiguous:
         return value  # the very array, as in CuPy
-    return _wrap(np.ascontiguousarray(_unwrap(value), dtype))
+    return _do(np.ascontiguousarray, (value, dtype), {})
 
 
 def asnumpy(value):
@@ -401,6 +401,9 @@ class _Stream:
 
     def synchronize(self):
         _refuse_in_a_graph()
+
+    def is_capturing(self):
+        return capturing is not None
 
     def begin_capture(self):
         global capturing
