@@ -11,19 +11,43 @@ from gpucnn.backend import Backend
 from scripts.gpu.cudnn import Cudnn
 from scripts.gpu.measure import Budget, Clock
 
+try:
+    import ml_dtypes  # noqa: F401  makes "bfloat16" the name of a dtype
+    HAS_BFLOAT16 = True
+except ImportError:
+    HAS_BFLOAT16 = False
+
 
 class Mode(NamedTuple):
-    """In what convolutions are stored and multiplied."""
+    """In what convolutions are stored and multiplied.
+
+    precision: of a model that computes so, as Layer.build takes it.
+    tensor: whether on tensor cores, where the GPU has them and channels fill 16 bytes.
+    tolerance: |result - expected| / |expected| that rounding explains, against exact products.
+    """
 
     name: str
+    precision: str
     dtype: Any
-    tf32: bool          # whether cuDNN may round float32 operands to TF32
-    tolerance: float    # |difference| / |expected| of two ways to add the same products
+    tensor: bool
+    tolerance: float
+
+    @property
+    def tf32(self) -> bool:
+        return self.tensor and self.dtype == np.float32
 
 
-# float32 alone has kernels so far. A mode with tensor cores is one more line here, and what it
-# wants of Problem, in convolutions.problem_of.
-MODES = {mode.name: mode for mode in (Mode("float32", np.float32, False, 1e-4),)}
+# Most important first. Sums are float32 everywhere, of random numbers of both signs, whose errors
+# add up like the products themselves. So relative to the result, an error is that of one product,
+# or of one result: TF32 rounds each of two factors by up to 2^-11 of it; float16 and bfloat16 are
+# exact products, rounded once by up to 2^-11 and 2^-8 when they are stored; float32 loses 2^-24 at
+# each addition, in a random walk of some 10^5 of them: 2e-5.
+MODES = {mode.name: mode for mode in (
+    Mode("float16", "mixed_float16", np.dtype(np.float16), True, 2**-10),
+    Mode("tf32", "tf32", np.dtype(np.float32), True, 2**-10),
+    Mode("float32", "float32", np.dtype(np.float32), False, 1e-4),
+    *([Mode("bfloat16", "mixed_bfloat16", np.dtype("bfloat16"), True, 2**-7)]
+      if HAS_BFLOAT16 else []))}
 
 
 @dataclass

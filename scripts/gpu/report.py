@@ -109,5 +109,10 @@ def rate(value: float, unit: str) -> str:
 
 
 def short(plan: object) -> str:
-    """A plan as the table has room for it: 128x64/2 for implicit_gemm 128x64 / 2."""
-    return str(plan).replace("implicit_gemm ", "").replace(" / ", "/")
+    """A plan as the table has room for it: 128x64t/2 for implicit_gemm 128x64 on tensor cores / 2.
+    """
+    text = str(plan)
+    for words, sign in (("implicit_gemm ", ""), (" / ", "/"), (" on tensor cores", "t"),
+                        (" by wgmma", "w")):
+        text = text.replace(words, sign)
+    return text

@@ -452,6 +452,10 @@ cuda.compiler = types.SimpleNamespace(  # type: ignore[attr-defined]
     CompileException=CompileException)
 cuda.memory = types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)  # type: ignore[attr-defined]
 get_default_memory_pool = _MemoryPool
+_compute_types = {"f": 1}  # CuPy's numbers for how cuBLAS computes; NumPy computes alike in all
+_core = types.SimpleNamespace(
+    get_compute_type=_compute_types.__getitem__, set_compute_type=_compute_types.__setitem__,
+    _routines_linalg=types.SimpleNamespace(COMPUTE_TYPE_TF32=7))
 cuda.runtime = types.SimpleNamespace(  # type: ignore[attr-defined]
     CUDARuntimeError=CUDARuntimeError, getDeviceCount=lambda: 1, driverGetVersion=lambda: 13000,
     runtimeGetVersion=lambda: 13000, getDeviceProperties=_device_properties,
