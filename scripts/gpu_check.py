@@ -1,9 +1,12 @@
 """Prove gpucnn on this machine's GPU, and measure it, in less than ten minutes.
 
-    step       a training step of the article's network as a CUDA graph: what is refused, its time
-    memory     each kernel that is bound by memory: its share of a copy's bandwidth
+    step       a training step of the article's network as a CUDA graph, in each mode: its bits
+               against a plain step's, what is refused, its time
+    memory     each kernel that is bound by memory, in float32 and float16: its share of a copy's
+               bandwidth
     conv       each convolution of the article's network, an airbench94-like one, ResNet-18 and
-               ResNet-50, forward and both gradients, beside cuDNN through torch; then its best tile
+               ResNet-50, forward and both gradients, in float16, then TF32, float32 and bfloat16:
+               beside cuDNN through torch; then its best tile, wgmma's among them
     training   an epoch of the article's network, twice: the same bits?
     tests      the whole test suite on the GPU
     sanitizer  compute-sanitizer over a small step, where it is installed; --sanitize prints its
@@ -33,7 +36,7 @@ import gpucnn
 from gpucnn import cli
 from gpucnn.backend import Backend, cupy_obstacle, make_backend
 from scripts.gpu import children, cudnn, report
-from scripts.gpu.context import MODES, Context
+from scripts.gpu.context import HAS_BFLOAT16, MODES, Context
 from scripts.gpu.measure import Budget, Clock
 from scripts.gpu.nets import NETS
 from scripts.gpu.report import Job, OutOfTime, Report, Row, Section
@@ -56,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS), metavar="NET",
                    help=f"whose convolutions to measure, of {', '.join(NETS)} (default: all)")
     p.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), metavar="MODE",
-                   help=f"in which to measure them, of {', '.join(MODES)} (default: all)")
+                   help=f"how to store and multiply, of {', '.join(MODES)} (default: all)")
     p.add_argument("--out", type=Path, metavar="JSON",
                    help="(default: benchmarks/gpu_<GPU>_<date>.json)")
     p.add_argument("--batch-size", type=cli.positive_int, metavar="N",
@@ -91,9 +94,12 @@ def main(arguments: argparse.Namespace) -> int:
     results = Report(out, start)
     for key, value in {**start["machine"], "cuDNN": start["peer"]}.items():
         print(f"{key}: {value}")
+    if not HAS_BFLOAT16:
+        print("bfloat16: not measured, because ml_dtypes is not installed")
     print("us: median of a call; spread: (slowest - fastest) / median; limit: share of the copy's\n"
           "bandwidth or of the matrix product's rate; other: cuDNN, cuBLAS, or what auto chose;\n"
-          f"ratio: other / us. y: forward, dx and dw: the gradients.\n\n{report.header()}")
+          "ratio: other / us. y: forward, dx and dw: the gradients. 128x64t/2: in tiles, on tensor "
+          f"cores,\nw: by wgmma, sums in 2 parts.\n\n{report.header()}")
     sections = make_sections()
     for name in ("limits", *chosen):
         run_section(name, sections[name], context, results, last=chosen[-1])
@@ -123,7 +129,7 @@ def make_sections() -> dict[str, Section]:
     from scripts.gpu import convolutions, limits, memory, step
     return {
         "limits": Section("what the GPU can do at most", limits.jobs),
-        "step": Section("a training step of the article's network", step.jobs),
+        "step": Section("a training step of the article's network", step.jobs, step.summary),
         "memory": Section("kernels bound by memory", memory.jobs),
         "conv": Section("convolutions", convolutions.jobs, convolutions.summary),
         "training": Section("an epoch of the article's network", step.training_jobs),
@@ -155,7 +161,7 @@ def run_section(name: str, section: Section, context: Context, results: Report, 
     part["summary"] = section.summary(part["rows"])
     for key, value in part["summary"].items():
         for text in value["text"]:
-            print(f"{key}: {text}")
+            print(textwrap.fill(f"{key}: {text}", report.WIDTH, subsequent_indent="  "))
 
 
 def run_job(job: Job, context: Context) -> Row | None:

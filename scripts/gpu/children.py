@@ -71,7 +71,7 @@ def sanitizer() -> str | None:
 
 def sanitizer_command(check: str, python: str = "python", tool: str = "compute-sanitizer"
                       ) -> list[str]:
-    """A check, memcheck or racecheck, over one small training step."""
+    """A check, memcheck or racecheck, over small training steps."""
     return [tool, "--tool", check, "--error-exitcode", "1", python, "-m", "scripts.gpu.step"]
 
 

@@ -1,6 +1,7 @@
-"""A training step of the article's network as a CUDA graph; and an epoch of training.
+"""A training step of the article's network as a CUDA graph, in each mode; and an epoch.
 
-python -m scripts.gpu.step runs one small step, for compute-sanitizer to look at.
+python -m scripts.gpu.step runs two small steps, for compute-sanitizer to look at: without tensor
+cores and with them.
 """
 from __future__ import annotations
 
@@ -13,23 +14,30 @@ import numpy as np
 
 from gpucnn import losses, models, optim, training, use_backend
 from gpucnn.data import Dataset, Loader, fashion_mnist
+from gpucnn.layers import Dropout
 from scripts.gpu.context import Context
 from scripts.gpu.measure import same_bits
 from scripts.gpu.report import Job, Row
 
 BATCH = 256
 PARTS = ("forward", "loss", "backward", "optimiser")
+LOSS_SCALE = 2.0**10
+REPEATED = ("every replay draws the same masks for dropout, whose number a kernel is passed by the "
+            "host")
+ON_THE_HOST = ("the update is made even where the loss is not finite: train_step() looks at it on "
+               "the host")
 
 
 class Step:
     """Forward, loss, backward and Adam on one batch that stays where it is."""
 
-    def __init__(self, batch: int, size: int = 28):
+    def __init__(self, batch: int, size: int = 28, precision: str = "float32"):
         with use_backend("cupy"):
             self.model = models.article()
-        self.model.build((size, size, 1), seed=0)
-        self.optimizer = optim.Adam(self.model)
-        self.loss_function = losses.SoftmaxCrossEntropy()
+        self.model.build((size, size, 1), seed=0, precision=precision)
+        scale = optim.LossScale(self.model, LOSS_SCALE) if precision == "mixed_float16" else None
+        self.optimizer = optim.Adam(self.model, loss_scale=scale)
+        self.loss_function = losses.SoftmaxCrossEntropy(loss_scale=scale)
         rng, asarray = np.random.default_rng(0), self.model.backend.asarray
         self.x = asarray(rng.random((batch, size, size, 1), np.float32))
         self.t = asarray(np.arange(batch) % 10)
@@ -51,20 +59,41 @@ class Step:
             getattr(self, part)()
         return self.value
 
-    def state(self) -> list[Any]:
-        """What a step changes on the device."""
-        return [self.model.flat_data, *self.optimizer.state.values()]
+    def state(self) -> dict[str, np.ndarray]:
+        """All that a step changes on the device, copied to the host."""
+        arrays = {"parameters": self.model.flat_data, "gradients": self.model.flat_grad,
+                  "cast": self.model.flat_cast, "loss": getattr(self, "value", None),
+                  **{path: layer.own_buffers[name]
+                     for path, (layer, name) in self.model.buffers().items()}}
+        return self.optimizer.state_dict() | {
+            name: self.model.backend.to_numpy(a) for name, a in arrays.items() if a is not None}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """As it was when state() was taken; where arrays lie does not change."""
+        asarray = self.model.backend.asarray
+        self.model.flat_data[...] = asarray(state["parameters"])
+        self.model.cast_parameters()
+        for path, (layer, name) in self.model.buffers().items():
+            layer.own_buffers[name][...] = asarray(state[path])
+        self.optimizer.load_state_dict({name: state[name] for name in self.optimizer.state_dict()})
+
+    def draw(self, number: int) -> None:
+        """Let the next step draw the masks of that number for dropout."""
+        for layer in self.model.walk():
+            if isinstance(layer, Dropout):
+                layer.step = number
 
 
 def jobs(context: Context) -> Iterator[Job]:
+    for precision in (mode.precision for mode in context.modes):
+        yield Job("step", f"all, {precision}", partial(capture_step, context, precision), 4)
+        yield Job("step", f"no graph, {precision}", partial(eager_step, context, precision), 4)
     for part in PARTS:
         yield Job("step", part, partial(capture_part, context, part))
-    yield Job("step", "all", partial(capture_step, context), 4)
-    yield Job("step", "without a graph", partial(eager_step, context), 4)
 
 
-def make_step(context: Context) -> Step:
-    return Step(2, 8) if context.quick else Step(context.batch or BATCH)
+def make_step(context: Context, precision: str = "float32") -> Step:
+    return Step(2, 8, precision) if context.quick else Step(context.batch or BATCH, 28, precision)
 
 
 def capture_part(context: Context, part: str) -> Row:
@@ -76,34 +105,61 @@ def capture_part(context: Context, part: str) -> Row:
     return refusal(context, f"step, {part}", getattr(step, part), lambda replay: replay())
 
 
-def capture_step(context: Context) -> Row:
-    """The whole step as one graph: the same bits as a step without one, and its time."""
-    plain, captured = make_step(context), make_step(context)
-    before = [a.copy() for a in captured.state()]
-    plain()
-    row: Row = {}
+def capture_step(context: Context, precision: str) -> Row:
+    """The whole step as one graph: two replays must give the bits of two plain steps; its time.
+
+    Those may be steps that draw the same masks for dropout: this shows, and is no failure.
+    """
+    plain, captured = make_step(context, precision), make_step(context, precision)
+    before = captured.state()
+    row: Row = {"precision": precision}
+
+    def same_twice(replay: Callable[[], Any], masks: tuple[int, int]) -> bool:
+        """masks: the numbers of those that the two plain steps draw."""
+        plain.restore(before)
+        captured.restore(before)
+        for mask in masks:
+            plain.draw(mask)
+            plain()
+            expected = plain.state()  # before a replay writes where the pool put plain's arrays
+            replay()
+            context.clock.wait()
+            if not same_state(captured.state(), expected):
+                return False
+        return True
 
     def check(replay: Callable[[], Any]) -> None:
-        for array, old in zip(captured.state(), before):
-            array[...] = old
-        replay()
-        context.clock.wait()
-        same = all(map(same_bits, captured.state(), plain.state()))
-        row.update(passed=same, note="captured" if same else "a replayed step has other bits")
+        as_steps = same_twice(replay, (0, 1))
+        same = as_steps or same_twice(replay, (0, 0))
+        row.update(passed=same, repeats_masks=same and not as_steps,
+                   note="" if same else "a replayed step has other bits")
 
-    result = refusal(context, "step, all", captured, check) | row
-    if row.get("passed"):
+    plain()  # what is compiled now is not compiled while a graph is captured
+    result = refusal(context, f"step, all, {precision}", captured, check) | row
+    if result["captured"] and result["passed"]:
         timing = context.clock.time([captured])
-        result |= timing.figures() | {"images_per_second": len(captured.x) / timing.median}
+        images = len(captured.x) / timing.median
+        result |= timing.figures() | {"images_per_second": images, "note": f"{images:.0f} images/s"}
     return result
 
 
-def eager_step(context: Context) -> Row:
+def summary(rows: list[Row]) -> Row:
+    """What a captured step does otherwise than training.train_step."""
+    captured = [row for row in rows if "repeats_masks" in row and row["passed"]]
+    text = [REPEATED] if any(row["repeats_masks"] for row in captured) else []
+    return {"captured": {"text": [*text, ON_THE_HOST]}} if captured else {}
+
+
+def same_state(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    return one.keys() == other.keys() and all(same_bits(one[name], other[name]) for name in one)
+
+
+def eager_step(context: Context, precision: str) -> Row:
     """Without a graph: the host's own time is in it."""
-    step = make_step(context)
+    step = make_step(context, precision)
     timing = context.clock.time_eagerly(step)
     images = len(step.x) / timing.median
-    return timing.figures() | {"name": "step, without a graph", "images_per_second": images,
+    return timing.figures() | {"name": f"no graph, {precision}", "images_per_second": images,
                                "note": f"{images:.0f} images/s", "passed": True}
 
 
@@ -153,4 +209,5 @@ def training_jobs(context: Context) -> Iterator[Job]:
 
 
 if __name__ == "__main__":
-    Step(4, 12)()
+    for chosen in ("float32", "mixed_float16"):
+        Step(4, 12, chosen)()
