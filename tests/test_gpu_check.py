@@ -1,21 +1,21 @@
 """scripts/gpu_check.py through the simulator: what it measures is checked, and nothing is lost."""
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import sys
 
 import numpy as np
 import pytest
 
+from gpucnn import layers
 from gpucnn.backend.cuda_kernel import kernel_dir
 from gpucnn.geometry import make_window
 from scripts import gpu_check
 from scripts.contestants.contest import ROOT
-from scripts.gpu import children, cudnn, memory, nets, report, step
+from scripts.gpu import cudnn, limits, memory, nets, report, step
 from scripts.gpu.context import MODES, Context
 from scripts.gpu.measure import Budget, Clock, relative_error, run_twice
-from scripts.gpu.report import Job, OutOfTime, Report, Section
 from tests.conftest import needs_simulator
 from tests.gpusim.mutation import mutated
 from tests.test_gpusim import WORKS
@@ -26,11 +26,15 @@ QUICK = ("--quick", "--nets", "article", "--images", "16", "--out")
 FAST = {"GPUSIM_CHECKS": "off", "OMP_NUM_THREADS": "1"}
 
 
+def make_context(backend):
+    clock = Clock(backend, 1, 0, 2)
+    return Context(backend, clock, Budget(60), None, ["article"], list(MODES.values()), None,
+                   True, 16)
+
+
 @pytest.fixture
 def context(cupy_backend):
-    clock = Clock(cupy_backend, 1, 0, 2)
-    return Context(cupy_backend, clock, Budget(60), None, ["article"], list(MODES.values()), None,
-                   True, 16)
+    return make_context(cupy_backend)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,8 @@ def checked(tmp_path_factory):
         pytest.skip("needs a C++ compiler")
     out = tmp_path_factory.mktemp("gpu_check") / "new" / "report.json"
     only = [word for name in ("step", "memory", "conv", "training") for word in ("--only", name)]
-    return out, run("tests.gpusim", "scripts.gpu_check", *only, *QUICK, out, **FAST)
+    return out, run("tests.gpusim", "scripts.gpu_check", "--modes", "float16", "float32", *only,
+                    *QUICK, out, **FAST)
 
 
 # ---------------------------------------------------------------------------------- a whole run
@@ -49,7 +54,7 @@ def checked(tmp_path_factory):
 def test_the_json_holds_all_that_a_reader_needs(checked):
     out, _ = checked
     content = json.loads(out.read_text())
-    assert content["command"].startswith("python scripts/gpu_check.py --only step")
+    assert content["command"].startswith("python scripts/gpu_check.py --modes float16 float32 ")
     assert content["machine"]["gpu"] == "gpusim (CPU)"
     assert {"driver", "cuda", "cupy", "numpy", "python", "commit", "clocks", "l2_bytes",
             "multiprocessors"} <= content["machine"].keys()
@@ -63,14 +68,22 @@ def test_the_json_holds_all_that_a_reader_needs(checked):
 
 def test_every_kernel_is_a_share_of_the_copy(checked):
     rows = json.loads(checked[0].read_text())["memory"]["rows"]
-    assert [row["name"] for row in rows] == [f"{k.name} 8x8x8" for k in memory.KERNELS]
+    for dtype in memory.TOLERANCES:
+        assert [row["name"] for row in rows if row["dtype"] == dtype] == [
+            f"{k.name} 8x8x8" for k in memory.KERNELS if k.half or dtype == "float32"]
     for row in rows:
         assert row["of_limit"] > 0
         assert len(row["samples"]) == 1
-    moved = {row["name"]: row["bytes"] for row in rows}
+    moved, halved = ({row["name"]: row["bytes"] for row in rows if row["dtype"] == dtype}
+                     for dtype in memory.TOLERANCES)
     # Two images of 8x8x8 float32 in, a quarter of it and a byte for each of those out.
     assert moved["max_pool 8x8x8"] == 2 * (8 * 8 * 8 * 4 + 4 * 4 * 8 * (4 + 1))
+    assert halved["max_pool 8x8x8"] == 2 * (8 * 8 * 8 * 2 + 4 * 4 * 8 * (2 + 1))
     assert moved["im2col 8x8x8"] == 2 * 8 * 8 * 8 * 4 * 10
+    # dy and x twice, dx; mean, var, gamma, beta, dgamma and dbeta are float32.
+    assert halved["norm_backward 8x8x8"] == 5 * 2 * 8 * 8 * 8 * 2 + 6 * 8 * 4
+    # theta, m and v in and out, g; RATE and its like; the copy in 16 bits.
+    assert halved["adam 8x8x8"] == 2 * 8 * 8 * 8 * (7 * 4 + 2) + 7 * 8
 
 
 def test_every_pass_stands_beside_cudnn_and_has_a_best_tile(checked):
@@ -78,8 +91,9 @@ def test_every_pass_stands_beside_cudnn_and_has_a_best_tile(checked):
     conv = json.loads(checked[0].read_text())["conv"]
     convs = nets.distinct([c.small() for c in nets.convolutions("article")])
     passes = [f"{c.label} {which}" for c in convs for which in c.passes]
-    compared = [row for row in conv["rows"] if row.get("kind") != "tiles"]
-    tiles = [row for row in conv["rows"] if row.get("kind") == "tiles"]
+    rows = [row for row in conv["rows"] if row["mode"] == "float32"]
+    compared = [row for row in rows if row.get("kind") != "tiles"]
+    tiles = [row for row in rows if row.get("kind") == "tiles"]
     assert [row["name"] for row in compared] == [row["name"] for row in tiles] == passes
     for row in compared:
         assert float(row["error"]) < 1e-5
@@ -99,14 +113,58 @@ def test_every_pass_stands_beside_cudnn_and_has_a_best_tile(checked):
     assert summary["worst_auto_to_best"] == max(row["ratio"] for row in tiles)
 
 
-def test_what_a_graph_refuses_is_a_row(checked):
-    rows = {row["name"]: row for row in json.loads(checked[0].read_text())["step"]["rows"]}
-    for part in ("forward", "backward", "optimiser"):
+def test_wgmma_is_tried_beside_the_other_tiles(checked):
+    """On tensor cores, where channels fill 16 bytes; and the summary says what to make of it."""
+    conv = json.loads(checked[0].read_text())["conv"]
+    tiles = [row for row in conv["rows"] if (row["mode"], row.get("kind")) == ("float16", "tiles")]
+    tried = [{(*plan["tile"], plan["wgmma"]) for plan in row["plans"] if plan["tile"]}
+             for row in tiles if row["shape"][3] == 8]
+    ordinary = {(128, 128), (128, 64), (64, 64), (32, 32)}
+    wide = {(128, 128), (256, 128), (128, 64)}
+    assert tried == [{(*t, False) for t in ordinary} | {(*t, True) for t in wide}] * 3
+    for row in tiles:
+        assert row["shape"][3] == 8 or not any(plan["wgmma"] for plan in row["plans"])
+    summary = conv["summary"]["article float16"]
+    assert summary["wgmma_shapes"] == 3
+    assert any(text.startswith("other tiles / wgmma ") for text in summary["text"])
+    assert "wgmma_shapes" not in conv["summary"]["article float32"]
+
+
+@pytest.mark.parametrize(("times", "advice"), [
+    ((2.0, 1.0), "wgmma would have been FASTER; change: AUTO_WGMMA = True"),
+    ((1.0, 2.0), "wgmma would have been slower; leave AUTO_WGMMA = False")])
+def test_the_report_says_which_line_wgmma_wants(times, advice):
+    from scripts.gpu import convolutions
+
+    plans = [{"wgmma": wgmma, "microseconds": t} for t, wgmma in zip(times, (False, True))]
+    row = {"net": "n", "mode": "float16", "kind": "tiles", "ratio": 1.0, "plans": plans}
+    direct = row | {"plans": plans[:1]}
+    summary = convolutions.summary([row, row, direct])["n float16"]
+    assert summary["wgmma_shapes"] == 2
+    assert summary["other_to_wgmma"] == pytest.approx(times[0] / times[1])
+    assert advice in summary["text"][-1]
+    assert hasattr(cuda_convolution(), "AUTO_WGMMA")
+
+
+def cuda_convolution():
+    """Imported late, because it needs CuPy."""
+    from gpucnn.backend import cuda_convolution
+    return cuda_convolution
+
+
+def test_every_part_of_a_step_is_captured(checked):
+    section = json.loads(checked[0].read_text())["step"]
+    rows = {row["name"]: row for row in section["rows"]}
+    for part in step.PARTS:
         assert rows[f"step, {part}"]["captured"]
-    for part in ("loss", "all"):
-        row = rows[f"step, {part}"]
-        assert row["captured"] or row["note"].startswith("refused: ")
-    assert rows["step, without a graph"]["images_per_second"] > 0
+    for precision in ("mixed_float16", "float32"):
+        assert rows[f"step, all, {precision}"]["captured"]
+        assert rows[f"no graph, {precision}"]["images_per_second"] > 0
+    # What a replay does otherwise than a step is not hidden.
+    assert rows["step, all, float32"]["repeats_masks"]
+    for text in (step.REPEATED, step.ON_THE_HOST):
+        assert text in section["summary"]["captured"]["text"]
+        assert text in " ".join(checked[1].stdout.split())
 
 
 def test_the_table_fits_100_columns(checked):
@@ -125,11 +183,12 @@ def test_a_wrong_kernel_is_not_timed_and_fails(tmp_path):
         result = run("tests.gpusim", "scripts.gpu_check", "--only", "memory", *QUICK, out, code=1,
                      GPUCNN_KERNEL_DIR=str(folder), **FAST)
     rows = json.loads(out.read_text())["memory"]["rows"]
-    (wrong,) = (row for row in rows if not row["passed"])
-    assert wrong["name"] == "max_pool 8x8x8"
-    assert "microseconds" not in wrong
+    wrong = [row for row in rows if not row["passed"]]
+    assert [(row["name"], row["dtype"]) for row in wrong] == [
+        ("max_pool 8x8x8", "float32"), ("max_pool 8x8x8", "float16")]
+    assert not any("microseconds" in row for row in wrong)
     assert "FAILED: differs from NumPy by " in result.stdout
-    assert " 1 failed in " in result.stdout
+    assert " 2 failed in " in result.stdout
 
 
 @needs_simulator
@@ -139,7 +198,7 @@ def test_a_wrong_convolution_is_not_timed_and_fails(context, monkeypatch):
 
     conv = nets.convolutions("article")[1].small()
     context.peer, _ = cudnn.find(context.clock)
-    with mutated("conv_gemm.cu", "activate(z, ACTIVATION)", "activate(z * 1.001f, ACTIVATION)"):
+    with mutated("activation.cuh", "activate(z, ACTIVATION)", "activate(z * 1.001f, ACTIVATION)"):
         for judge in ("NumPy", "cuDNN"):
             row = convolutions.compare(context, conv, "y", MODES["float32"])
             assert not row["passed"]
@@ -148,12 +207,44 @@ def test_a_wrong_convolution_is_not_timed_and_fails(context, monkeypatch):
             monkeypatch.setattr(convolutions, "differs_from_numpy", lambda *args: "")
 
 
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_every_mode_is_right_within_its_tolerance(context, mode, monkeypatch):
+    """With an error of the size that the tolerance was derived from."""
+    from scripts.gpu import convolutions
+
+    monkeypatch.setenv("GPUSIM_CHECKS", "off")
+    context.peer, _ = cudnn.find(context.clock)
+    conv = nets.convolutions("article")[1].small()
+    for which in conv.passes:
+        row = convolutions.compare(context, conv, which, mode)
+        assert row["passed"], row["note"]
+        assert row["note"].endswith("t") == mode.tensor
+        assert not context.peer or row["ratio"] > 0
+        if mode.tensor and which == "dx":
+            strict = mode._replace(tolerance=mode.tolerance / 10)
+            assert not convolutions.compare(context, conv, which, strict)["passed"]
+    row = limits.product(context, mode)
+    assert row["passed"]
+    assert row["rates"].keys() == {"ours", "cublas"}
+    assert context.clock.xp._core.get_compute_type("f") == 1
+
+
+def test_a_product_without_cublas_is_measured(context, monkeypatch):
+    """CuPy may rename its switch for TF32."""
+    monkeypatch.setattr(limits, "tf32_products", lambda cupy: cupy.no_such_name)
+    row = limits.product(context, MODES["tf32"])
+    assert row["passed"]
+    assert row["rates"].keys() == {"ours"}
+    assert "cuBLAS: AttributeError" in row["note"]
+    assert context.limits["matrix tf32"] == row["rate"]
+
+
 @needs_gpusim
 def test_without_torch_the_rest_runs(tmp_path):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")")
     out = tmp_path / "report.json"
-    result = run("tests.gpusim", "scripts.gpu_check", "--only", "conv", *QUICK, out, **FAST,
-                 PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    result = run("tests.gpusim", "scripts.gpu_check", "--modes", "float32", "--only", "conv",
+                 *QUICK, out, **FAST, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     content = json.loads(out.read_text())
     assert content["peer"].startswith("torch cannot be imported (No module named 'torch')")
     assert content["peer"] in result.stdout
@@ -175,7 +266,9 @@ def test_no_time_at_all_lists_everything(tmp_path):
     skipped = {group: names for part in sections for group, names in part["skipped"].items()}
     assert "28x28x32 > 32 3x3 dx" in skipped["beside cuDNN, article float32"]
     assert "7x7x512 > 2048 1x1 dw" in skipped["best tile, resnet50 float32"]
-    assert len(skipped["memory"]) == 2 * len(memory.KERNELS)
+    assert "28x28x32 > 32 3x3 dx" in skipped["best tile, article bfloat16"]
+    assert len(skipped["memory, float32"]) == 2 * len(memory.KERNELS)
+    assert len(skipped["memory, float16"]) == 2 * sum(kernel.half for kernel in memory.KERNELS)
     assert {"limits", "step", "training", "tests", "sanitizer"} <= skipped.keys()
     assert "0 passed, 0 failed" in result.stdout
     assert "28x28x32 > 32 3x3 dx" in result.stdout
@@ -285,21 +378,40 @@ def test_the_buffers_are_taken_in_turn(context):
     assert timing.median > 0
 
 
-def test_a_captured_step_must_give_the_bits_of_a_plain_one(context, monkeypatch):
+@pytest.mark.parametrize("precision", ["float32", "tf32", "mixed_float16"])
+def test_a_captured_step_gives_the_bits_of_a_plain_one(context, monkeypatch, precision):
+    monkeypatch.setenv("GPUSIM_CHECKS", "off")
+    row = step.capture_step(context, precision)
+    assert (row["captured"], row["passed"]) == (True, True), row["note"]
+    assert row["microseconds"] > 0
+    assert row["repeats_masks"]
+
+
+def test_a_replay_that_differs_from_a_step_fails(context, monkeypatch):
     monkeypatch.setenv("GPUSIM_CHECKS", "off")
 
-    def loss(logits, labels):
-        return None, logits * 0.01  # what a graph can hold
+    def loss(factors):
+        return lambda **options: lambda logits, labels: (logits.sum(), logits * next(factors))
 
-    monkeypatch.setattr(step.losses, "SoftmaxCrossEntropy", lambda: loss)
-    row = step.capture_step(context)
-    assert (row["captured"], row["passed"], row["note"]) == (True, True, "captured")
-    assert row["microseconds"] > 0
-    factors = iter((0.01, 0.02, 0.03))
-    monkeypatch.setattr(step.losses, "SoftmaxCrossEntropy", lambda: (
-        lambda logits, labels: (None, logits * next(factors))))
-    row = step.capture_step(context)
-    assert (row["passed"], row["note"]) == (False, "a replayed step has other bits")
+    monkeypatch.setattr(step.losses, "SoftmaxCrossEntropy", loss(itertools.repeat(0.01)))
+    assert step.capture_step(context, "float32")["passed"]
+    monkeypatch.setattr(step.losses, "SoftmaxCrossEntropy", loss(itertools.count(0.01, 0.01)))
+    row = step.capture_step(context, "float32")
+    assert (row["captured"], row["passed"]) == (True, False)
+    assert row["note"] == "a replayed step has other bits"
+    assert "microseconds" not in row
+
+
+def test_a_step_without_dropout_repeats_nothing(context, monkeypatch):
+    monkeypatch.setenv("GPUSIM_CHECKS", "off")
+    monkeypatch.setattr(step.models, "article", lambda: layers.Sequential([
+        layers.Conv2D(4, 3), layers.BatchNorm(activation="relu"), layers.Flatten(),
+        layers.Dense(10)]))
+    row = step.capture_step(context, "float32")
+    assert row["passed"]
+    assert not row["repeats_masks"]
+    assert step.summary([row])["captured"]["text"] == [step.ON_THE_HOST]
+    assert step.summary([]) == {}
 
 
 def test_a_refused_capture_leaves_the_clock_usable(context):
@@ -333,114 +445,3 @@ def test_a_peer_that_fails_is_a_note(context, monkeypatch):
     assert row["microseconds"] > 0
     assert "ratio" not in row
     assert row["peer"] == "ZeroDivisionError: division by zero"
-
-
-# ----------------------------------------------------------------------------- budget and report
-
-
-def jobs_of(*jobs):
-    return Section("jobs", lambda context: iter(jobs))
-
-
-def passes(name):
-    return lambda: {"name": name, "passed": True}
-
-
-def test_jobs_that_may_not_end_in_time_are_left_out(context, tmp_path, capsys):
-    results = Report(tmp_path / "report.json", {})
-    section = jobs_of(Job("g", "short", passes("short"), 40), Job("g", "long", passes("long"), 61),
-                      Job("g", "late", lambda: 1 / 0, 1))
-    gpu_check.run_section("conv", section, context, results, last="conv")
-    assert results.skipped == {"g": ["long"]}
-    assert results.verdicts == [True, False]
-    assert "FAILED: ZeroDivisionError" in capsys.readouterr().out
-    # What is measured leaves the tests their share.
-    other = Report(tmp_path / "other.json", {})
-    gpu_check.run_section("conv", section, context, other, last="tests")
-    assert other.skipped == {"g": ["long"]}
-    gpu_check.run_section("step", jobs_of(Job("s", "some", passes("some"), 45)), context, other,
-                          last="tests")
-    assert other.skipped == {"g": ["long"], "s": ["some"]}
-
-
-def test_running_out_of_memory_or_time_is_no_failure(context, tmp_path):
-    class OutOfMemoryError(Exception):
-        """CuPy and torch have one each."""
-
-    def full():
-        raise OutOfMemoryError
-
-    def late():
-        raise OutOfTime("not finished in 1 s")
-
-    results = Report(tmp_path / "report.json", {})
-    gpu_check.run_section("tests", jobs_of(Job("a", "full", full), Job("b", "late", late)), context,
-                          results, last="tests")
-    assert results.skipped == {"a": ["full"], "b": ["late"]}
-    assert results.verdicts == []
-
-
-def test_each_row_is_on_the_disk_at_once(tmp_path):
-    path = tmp_path / "folder" / "report.json"
-    results = Report(path, {"command": "x"})
-    assert json.loads(path.read_text()) == {"command": "x", "complete": False}
-    results.add("conv", {"name": "one", "passed": True, "plan": np.int64(3)})
-    assert [row["name"] for row in json.loads(path.read_text())["conv"]["rows"]] == ["one"]
-    assert [p.name for p in path.parent.iterdir()] == ["report.json"]
-
-
-def test_lines_of_the_table():
-    row = {"name": "56x56x256 > 128 1x1 dw", "microseconds": 1234.56, "spread": 0.021,
-           "rate": 42.4e12, "unit": "flops", "of_limit": 0.876, "other_microseconds": 987.6,
-           "ratio": 0.8, "note": "128x64/16", "passed": True}
-    assert report.line(row) == (
-        "56x56x256 > 128 1x1 dw           1235   2.1%  42.4 TF/s   88%      988  0.800  128x64/16")
-    wrong = {"name": "im2col", "passed": False, "note": "two\nlines" + 100 * "x"}
-    assert report.line(wrong).startswith("im2col                         FAILED: two\\nlinesx")
-    assert len(report.line(wrong)) == report.WIDTH
-    assert report.line({"name": "copy", "microseconds": 3.5, "rate": 2.95e12, "unit": "bytes",
-                        "passed": True}).endswith("2950 GB/s")
-
-
-def test_the_default_path_names_the_gpu_and_the_day():
-    assert gpu_check.default_name({"gpu": "NVIDIA H100 80GB HBM3", "date": "2026-11-25"}) == (
-        "gpu_nvidia-h100-80gb-hbm3_2026-11-25.json")
-
-
-def test_clocks_come_from_nvidia_smi(tmp_path, monkeypatch):
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho '580.1, 1980 MHz, 2619 MHz, 1980 MHz, 2619 MHz, 700 W, 40'\n")
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    assert gpu_check.clocks()["clocks.sm"] == "1980 MHz"
-    monkeypatch.setenv("PATH", str(tmp_path / "none"))
-    assert gpu_check.clocks() is None
-
-
-# ------------------------------------------------------------------- what runs in another process
-
-
-def test_tests_without_results_show_what_they_printed(monkeypatch):
-    monkeypatch.setattr(children, "run_child", lambda *args: (False, "no such option"))
-    assert children.run_tests(1) == {"name": "tests", "passed": False, "output": "no such option",
-                                     "note": "pytest left no results"}
-
-
-def test_what_takes_too_long_is_ended():
-    sleeper = "import time; print('so far', flush=True); time.sleep(60)"
-    with pytest.raises(OutOfTime, match="not finished in 2 s") as e:
-        children.run_child([sys.executable, "-c", sleeper], 2)
-    assert e.value.args[1] == "so far\n"
-
-
-def test_the_sanitizer_is_run_where_it_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(children, "sanitizer", lambda: None)
-    assert children.run_sanitizer("memcheck")["passed"]
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text("#!/bin/sh\necho \"$2\"\necho '========= ERROR SUMMARY: 1 error'\nexit 1\n")
-    tool.chmod(0o755)
-    monkeypatch.setattr(children, "sanitizer", lambda: str(tool))
-    row = children.run_sanitizer("racecheck")
-    assert not row["passed"]
-    assert row["output"].startswith("racecheck\n")
-    assert row["note"] == "========= ERROR SUMMARY: 1 error"
