@@ -385,7 +385,8 @@ def test_the_sum_and_the_activation_take_no_pass_of_their_own(cupy_backend, rng)
     layer.backward(layer.forward(x, training=True))
     assert [name for name, _, _ in fake_cupy.launches] == [
         "batch_norm_moments", "batch_norm_merge_moments", "batch_norm", "batch_norm_sums",
-        "batch_norm_merge_sums", "batch_norm_backward"]
+        "batch_norm_merge_sums", "batch_norm_backward",
+        "activate_sum"]  # of the gradients of both ways
 
 
 def test_an_unknown_activation_is_refused():
