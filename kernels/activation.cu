@@ -38,9 +38,9 @@ extern "C" __global__ void activation_backward(
 //
 // A block owns a band of rows. Its threads stand side by side over the columns, VEC channels each,
 // and where c is small in several rows at once, whose sums are added at the end.
-constexpr int THREADS = 256;
+constexpr int THREADS = 256, BLOCKS = 2;  // at a time on a multiprocessor: the launch has no more
 
-extern "C" __global__ void __launch_bounds__(THREADS) activation_backward_bias(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) activation_backward_bias(
     const scalar_t* __restrict__ da, const scalar_t* __restrict__ a, scalar_t* __restrict__ dz_or_null,
     accum_t* __restrict__ slabs, long long rows, int c)
 {

@@ -16,9 +16,9 @@
 static __device__ Scalars inputs_of(const scalar_t* x, bool inside, index_t pixel, int c, int o,
                                     int i) {
     if (!inside) return zeros();
-    if (DEPTHWISE) return load(x, pixel * (c / VEC) + o);
     Scalars s;
-    for (int v = 0; v < VEC; ++v) s.at[v] = x[pixel * c + i];
+    if (DEPTHWISE) s = load(x, pixel * (c / VEC) + o);
+    else for (int v = 0; v < VEC; ++v) s.at[v] = x[pixel * c + i];
     return s;
 }
 

@@ -217,7 +217,7 @@ static __device__ void convolve(const Product& p, const Share& own, int splits,
 // x (n, h, w, c), filters (kh, kw, c / groups, c_out), bias (c_out), residual and y (n, oh, ow, c_out).
 // With a partial (splits, n, oh, ow, c_out) only sums are written, to it; finish_splits.cu goes on.
 // moments (row tiles, 2, c_out): of the outputs, for the batch norm after it; not with a partial.
-extern "C" __global__ void __launch_bounds__(THREADS) conv_forward(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_forward(
     const scalar_t* __restrict__ x, const scalar_t* __restrict__ filters,
     const accum_t* __restrict__ bias_or_null, const scalar_t* __restrict__ residual_or_null,
     scalar_t* __restrict__ y, accum_t* __restrict__ partial_or_null,
@@ -233,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_forward(
 }
 
 // dy (n, oh, ow, c_out), filters as above -> dx (n, h, w, c), or partial (splits, n, h, w, c).
-extern "C" __global__ void __launch_bounds__(THREADS) conv_input_gradient(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_input_gradient(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ filters,
     scalar_t* __restrict__ dx, accum_t* __restrict__ partial_or_null,
     int n, int h, int w, int c, int oh, int ow, int kh, int kw, int sh, int sw, int top, int left,

@@ -11,7 +11,7 @@
 #include "implicit_gemm.cuh"
 
 // x (n, h, w, c), dz (n, oh, ow, c_out) -> slabs (splits, kh, kw, c / groups, c_out).
-extern "C" __global__ void __launch_bounds__(THREADS) conv_weight_gradient(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_weight_gradient(
     const scalar_t* __restrict__ x, const scalar_t* __restrict__ dz, accum_t* __restrict__ slabs,
     int n, int h, int w, int c, int oh, int ow, int kh, int kw, int sh, int sw, int top, int left,
     int dh, int dw, int c_out, int groups, int splits)
