@@ -89,9 +89,10 @@ extern "C" __global__ void conv_depthwise_input_gradient(
 // is a tap and an input, (ky * kw + kx) * inputs + ic. A thread keeps TERMS terms of VEC channels in
 // registers and walks over pixels; where c_out is small, several lanes of a block share its band.
 // sum_splits.cu adds the slabs.
-constexpr int THREADS = 256;
+// BLOCKS: that a multiprocessor must have registers for, of which the compiler would leave too few.
+constexpr int THREADS = 256, BLOCKS = VEC == 4 ? 2 : 0;
 
-extern "C" __global__ void __launch_bounds__(THREADS) conv_direct_weight_gradient(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_direct_weight_gradient(
     const scalar_t* __restrict__ x, const scalar_t* __restrict__ dz, accum_t* __restrict__ slabs,
     int n, int h, int w, int c, int oh, int ow, int kh, int kw, int sh, int sw, int top, int left,
     int dh, int dw, int c_out)
