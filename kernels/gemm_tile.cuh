@@ -19,8 +19,9 @@ constexpr int SUMS_M = 4 * QUADS_M, SUMS_N = 4 * QUADS_N;
 constexpr int THREADS_M = TILE_M / SUMS_M, THREADS_N = TILE_N / SUMS_N;
 constexpr int THREADS = THREADS_M * THREADS_N;
 // Blocks that a multiprocessor must have registers for; 0: as the compiler likes. It would spill
-// some of a small tile, for more blocks at a time than are needed.
-constexpr int BLOCKS = SUMS_M * SUMS_N < 64 ? 8 : 0;
+// some of the small tiles, for more blocks at a time than are needed. tests/gpusim/resources.py
+// shows what each variant takes.
+constexpr int BLOCKS = THREADS >= 128 ? 0 : SUMS_M * SUMS_N < 64 ? 8 : 4;
 // What a row of shared memory is longer, so that threads which store A's columns hit other banks.
 constexpr int PAD = 4;
 
