@@ -2,32 +2,27 @@
 64-bit offsets where they should, and bugs planted in them do not go unnoticed."""
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from gpucnn.backend import cuda_kernel, make_backend
 from gpucnn.backend.cuda_kernel import Variant, kernel_dir, read_signatures, read_source
 from gpucnn.geometry import make_window
+from tests import variants
 from tests.conftest import needs_simulator
-from tests.gpusim import nvrtc
+from tests.gpusim import nvrtc, resources
 from tests.gpusim.mutation import mutated
 
 FILES = sorted(p.name for p in kernel_dir().glob("*.cu"))
-ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-# "bfloat16" becomes the name of a dtype where ml_dtypes is imported.
-VARIANTS = [Variant(np.dtype(scalar), np.dtype(mask), np.dtype(index), vec)
-            for scalar, index in itertools.product(
-                ("float32", "float64", "float16", ml_dtypes.bfloat16), (np.int32, np.int64))
-            for vec in (1, 16 // np.dtype(scalar).itemsize)
-            # The int mask of large windows has nothing to do with the other types.
-            for mask in ((np.uint8, np.int32) if index is np.int32 else (np.uint8,))]
+# CUDA 12 has the first three alone.
+ARCHITECTURES = ("sm_60", "sm_61", "sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100",
+                 "sm_120")
 NUMPY = make_backend("numpy")
 
 
@@ -40,35 +35,40 @@ def test_every_kernel_of_a_file_is_found(file):
                for parameters in signatures.values())
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if "GRID_STRIDE_LOOP("
-                                  in (kernel_dir() / file).read_text()])
-def test_the_ends_of_loops_are_computed_in_64_bits_where_the_index_is(file):
+@pytest.mark.parametrize("file", FILES)
+def test_counts_are_computed_in_64_bits_where_the_index_is(file):
     """What an int product in one of them would do shows past 2^31 elements only: here by reading.
     """
-    ends = re.findall(r"GRID_STRIDE_LOOP\(\w+, (.*)\) {", (kernel_dir() / file).read_text())
-    assert ends
+    text = re.sub(r"//.*", "", (kernel_dir() / file).read_text())
+    ends = re.findall(r"GRID_STRIDE_LOOP\(\w+, (.*)\) {", text)
     for end in ends:
         assert re.fullmatch(
             r"\(index_t\)(n( \* \w+)*|size|\(\(size \+ (3\) / 4|VEC - 1\) / VEC)\))", end), end
+    products = re.findall(r"(\S*)\b((?:p\.images|n) \* (?:o?[hw]|c|\w+\.outputs)\b.*)", text)
+    for before, product in products:
+        assert before.endswith("(index_t)"), product
+    sizes = re.findall(r"(\w+ \w+) (?:size|rows)[,)]", text)
+    assert set(sizes) <= {"long long", "const index_t"}, sizes
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("file", [file for file in FILES if "tensor" not in file])
+@pytest.mark.parametrize("file", variants.FILES)
 def test_compiles_by_nvrtc(file, architecture):
-    """Every variant for the oldest and the newest; one of each dtype for those between.
+    """For the newest each two choices meet; for each other the usual one, and one more in turn.
 
-    Kernels for tensor cores need sm_80 and tiles of their own: test_tensor_resources.py.
+    `python -m tests.gpusim.resources` takes every variant, and shows what it needs. Kernels for
+    tensor cores need sm_80 and tiles of their own: test_tensor_resources.py.
     """
-    _require_nvrtc()
-    source = (kernel_dir() / file).read_text()
-    for variant in VARIANTS:
-        if variant.mask_t == np.int32 and "mask_t" not in source:
-            continue
-        if architecture not in (ARCHITECTURES[0], ARCHITECTURES[-1]) and (
-                variant.vec == 1 or variant.index_t == np.int64):
-            continue
-        result = nvrtc.compile(read_source(kernel_dir(), file, variant), file, architecture)
-        assert "warning" not in result.log, f"{variant}: {result.log}"
+    _require_nvrtc(architecture)
+    few, usual = variants.few_variants(file), variants.usual_variants(file)
+    if architecture != ARCHITECTURES[-1]:
+        turn = ARCHITECTURES.index(architecture)
+        few = [usual[turn % len(usual)], *([] if "TILE_M" in dict(few[0].constants) else
+                                           [few[turn % len(few)]])]
+    for variant in few:
+        compiled = resources.compile_variant(file, variant, architecture)
+        assert "warning" not in compiled.log, f"{variant}: {compiled.log}"
+        assert not resources.spilling(variant, compiled), variant
 
 
 @pytest.mark.parametrize("file", ["im2col.cu", "maxpool.cu", "avgpool.cu"])
@@ -81,8 +81,8 @@ def test_four_channels_are_one_access(file):
     assert b".local" not in ptx, "no spills to local memory"
 
 
-def _require_nvrtc():
-    library, reason = nvrtc.find()
+def _require_nvrtc(architecture="sm_90"):
+    library, reason = nvrtc.find(architecture)
     if library is None:
         pytest.skip(reason)
 
@@ -252,8 +252,10 @@ def test_no_bug_is_planted_on_a_real_gpu(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
          f"{__file__}::test_a_planted_bug_is_caught",
-         f"{__file__}::test_a_bug_in_the_grid_stride_loop_is_caught"],
+         f"{__file__}::test_a_bug_in_the_grid_stride_loop_is_caught",
+         str(Path(__file__).with_name("test_convolution_bugs.py"))],
         cwd=kernel_dir().parent, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    last = result.stdout.splitlines()[-1]
-    assert last.startswith(f"{len(BUGS | LOOP_BUGS)} skipped"), result.stdout
+    skipped = re.fullmatch(r"(\d+) skipped in .*", result.stdout.splitlines()[-1])
+    assert skipped, result.stdout
+    assert int(skipped[1]) > 2 * len(BUGS | LOOP_BUGS), result.stdout

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+_DEPRECATED = re.compile(r"^nvrtc: warning: Architectures prior to .* deprecated.*\n?", re.M)
 _RESOURCE = re.compile(r"(\d+) bytes (smem|stack frame|spill stores|spill loads)")
 
 
@@ -24,18 +25,39 @@ class NvrtcError(RuntimeError):
     """The source does not compile; the message is the compiler's log."""
 
 
+def find(architecture: str = "sm_90") -> tuple[C.CDLL | None, str]:
+    """A library that compiles for the architecture; or None and why.
+
+    From a package nvidia-cuda-nvrtc or a CUDA toolkit. CUDA 13 knows none before sm_75.
+    """
+    number = int(re.sub(r"\D", "", architecture))
+    for library in _libraries():
+        if number in _architectures(library):
+            return library, ""
+    package = "nvidia-cuda-nvrtc" if number >= 75 else "nvidia-cuda-nvrtc-cu12"
+    return None, f"there is no NVRTC for {architecture}; pip install {package}"
+
+
 @functools.cache
-def find() -> tuple[C.CDLL | None, str]:
-    """The library, from the package nvidia-cuda-nvrtc or a CUDA toolkit; or None and why."""
-    folders = [p / "lib" for d in sys.path for pattern in ("nvidia/cu*", "nvidia/cuda_nvrtc")
+def _libraries() -> list[C.CDLL]:
+    """All there are, the newest first."""
+    folders = [p / "lib" for d in sys.path for pattern in ("nvidia/cu[1-9]*", "nvidia/cuda_nvrtc")
                for p in sorted(Path(d or ".").glob(pattern))]
     for root in (os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
         if root:
             folders += [Path(root) / "lib64", Path(root) / "lib"]
-    for folder in folders:
-        for library in sorted(folder.glob("libnvrtc.so.*[0-9]")):
-            return C.CDLL(str(library)), ""
-    return None, "there is no NVRTC; pip install nvidia-cuda-nvrtc"
+    found = [library for folder in folders for library in folder.glob("libnvrtc.so.*[0-9]")]
+    version = re.compile(r"\d+")
+    return [C.CDLL(str(p)) for p in sorted(
+        found, key=lambda p: [int(n) for n in version.findall(p.name)], reverse=True)]
+
+
+def _architectures(library: C.CDLL) -> list[int]:
+    count = C.c_int()
+    library.nvrtcGetNumSupportedArchs(C.byref(count))
+    numbers = (C.c_int * count.value)()
+    library.nvrtcGetSupportedArchs(numbers)
+    return list(numbers)
 
 
 class Resources(NamedTuple):
@@ -50,7 +72,7 @@ class Resources(NamedTuple):
 
 def compile(source: str, file: str, architecture: str, *options: str) -> Compiled:
     """Compile for sm_NN (ptxas included) or compute_NN. Raises NvrtcError."""
-    library, reason = find()
+    library, reason = find(architecture)
     if library is None:
         raise NvrtcError(reason)
     program = C.c_void_p()
@@ -60,6 +82,7 @@ def compile(source: str, file: str, architecture: str, *options: str) -> Compile
         failed = library.nvrtcCompileProgram(program, len(given),
                                              (C.c_char_p * len(given))(*given))
         log = _get(library, program, "ProgramLog").decode(errors="replace").rstrip("\0\n")
+        log = _DEPRECATED.sub("", log)
         if failed:
             raise NvrtcError(log)
         kind = "PTX" if architecture.startswith("compute") else "CUBIN"
