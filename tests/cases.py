@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -89,20 +90,19 @@ def assert_within(results: Arrays, expected: Expected, dtype: np.dtype) -> None:
 def rounding_bound(terms: int, magnitude: Any, want: Any, dtype: np.dtype) -> np.ndarray:
     """How far a sum of `terms` products may be off `want`; magnitude: the sum of their |.|.
 
-    float16 is computed in float32 and rounded once. The reference itself rounds in float64.
+    16 bits are computed in float32 and rounded once. The reference itself rounds in float64.
     """
-    computed = np.dtype(np.float32) if dtype == np.float16 else dtype
+    computed = np.promote_types(dtype, np.float32)
     magnitude = np.nan_to_num(np.asarray(magnitude), nan=0, posinf=0)
     bound = (_gamma(terms, computed) + _gamma(terms, np.dtype(np.float64))) * magnitude
-    if dtype == np.float16:
-        half = np.finfo(np.float16)
-        bound = (bound + float(half.eps) / 2 * (np.abs(np.nan_to_num(want, posinf=0)) + bound)
-                 + float(half.smallest_subnormal) / 2)
+    if dtype.itemsize == 2:
+        bound = (bound + unit_roundoff(dtype) * (np.abs(np.nan_to_num(want, posinf=0)) + bound)
+                 + float(ml_dtypes.finfo(dtype).smallest_subnormal) / 2)
     return bound
 
 
 def unit_roundoff(dtype: np.dtype) -> float:
-    return float(np.finfo(dtype).eps) / 2
+    return float(ml_dtypes.finfo(dtype).eps) / 2
 
 
 def _gamma(terms: int, dtype: np.dtype) -> float:
