@@ -14,6 +14,7 @@ share of c_out, as one matrix product a group.
 """
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from gpucnn.activations import activate, activation_backward
@@ -103,22 +104,36 @@ def _blocks(backend: Backend, x: Array, w: Array, window: Window) -> list[slice]
 
     For the filters are read once a block.
     """
-    _, h, width, c = x.shape
-    oh, ow = window.out_size(h, width)
-    return backend.blocks(len(x), oh * ow * window.places * c * x.itemsize, w.nbytes // 2)
+    return backend.blocks(len(x), _columns_bytes(x.shape, window, x.itemsize), w.nbytes // 2)
 
 
-def _is_pointwise(window: Window) -> bool:
+def workspace(backend: Backend, x_shape: tuple[int, ...], w_shape: tuple[int, ...], window: Window,
+              itemsize: int) -> int:
+    """Bytes of the columns of the largest block; a block of the input gradient has as many."""
+    if is_pointwise(window):
+        return 0
+    image = _columns_bytes(x_shape, window, itemsize)
+    blocks = backend.blocks(x_shape[0], image, math.prod(w_shape) * itemsize // 2)
+    return max((b.stop - b.start for b in blocks), default=0) * image
+
+
+def _columns_bytes(x_shape: tuple[int, ...], window: Window, itemsize: int) -> int:
+    """Of one image."""
+    return math.prod(window.out_size(*x_shape[1:3])) * window.places * x_shape[3] * itemsize
+
+
+def is_pointwise(window: Window) -> bool:
+    """Whether the columns are the image itself."""
     return window == Window(1, 1, 1, 1, 0, 0, 0, 0, window.dh, window.dw)
 
 
 def _columns(backend: Backend, x: Array, window: Window) -> Array:
     """im2col, which for a 1x1 convolution is the image itself."""
-    return x.reshape(-1, x.shape[-1]) if _is_pointwise(window) else backend.im2col(x, window)
+    return x.reshape(-1, x.shape[-1]) if is_pointwise(window) else backend.im2col(x, window)
 
 
 def _fold(backend: Backend, dcols: Array, x_shape: tuple[int, ...], window: Window) -> Array:
-    if _is_pointwise(window):
+    if is_pointwise(window):
         return dcols.reshape(x_shape)
     return backend.col2im(backend.asarray(dcols), x_shape, window)
 

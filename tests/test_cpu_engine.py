@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import threadpoolctl
 
-from gpucnn import layers, losses, models, ops, optim, training
+from gpucnn import convolution, layers, losses, models, ops, optim, training
 from gpucnn.backend import make_backend, narrow_convolution, parallel, row_convolution
 from gpucnn.backend.recycling import _PATIENCE, Recycler
 from gpucnn.geometry import make_window
@@ -20,6 +20,38 @@ NUMPY = make_backend("numpy")
 
 
 # ----------------------------------------------------------------------------------- convolutions
+
+
+ROWS, FEW, IM2COL, PRODUCT = "rows of taps", "few channels", "im2col", "matrix product"
+
+
+@pytest.mark.parametrize(("c", "groups", "kernel", "stride", "forward", "backward", "first"), [
+    (1, 1, 3, 1, FEW, IM2COL, FEW), (32, 1, 3, 1, ROWS, ROWS, ROWS),
+    (32, 1, 3, 2, ROWS, IM2COL, ROWS), (32, 2, 3, 1, IM2COL, IM2COL, IM2COL),
+    (32, 1, 1, 1, PRODUCT, PRODUCT, PRODUCT)])
+def test_the_plan_is_what_is_done(c, groups, kernel, stride, forward, backward, first, monkeypatch):
+    """first: the backward pass of a first layer, without an input gradient."""
+    ways = {row_convolution: ROWS, narrow_convolution: FEW,
+            convolution: PRODUCT if kernel == 1 else IM2COL}
+    done = []
+
+    def spied(way, function):
+        return lambda *args: (done.append(ways[way]), function(*args))[1]
+
+    for way in ways:
+        for name in ("conv2d", "conv2d_backward", "weight_gradient"):
+            if hasattr(way, name):
+                monkeypatch.setattr(way, name, spied(way, getattr(way, name)))
+    layer = layers.Conv2D(32, kernel, stride=stride, padding=kernel // 2, groups=groups)
+    layer.build((14, 14, c))
+    for input_gradient, back in ((True, backward), (False, first)):
+        plans = layer.plan(2, input_gradient)
+        assert plans.pop("forward").algorithm == forward
+        assert {plan.algorithm for plan in plans.values()} == {back}
+        assert ("input gradient" in plans) == input_gradient
+        dy = layer.forward(np.ones((2, 14, 14, c), np.float32), training=True)
+        (layer.backward if input_gradient else layer.backward_parameters)(dy)
+    assert done == [forward, backward, forward, first]
 
 
 @pytest.mark.parametrize("block_bytes", [1, 3000, 1 << 20])

@@ -385,3 +385,25 @@ def test_batch_norm_takes_its_moments_from_the_convolution_before_it(precision, 
         norm.forward(backend.xp.ones_like(a), training=True)
         np.testing.assert_allclose(backend.to_numpy(norm.own_buffers["running_mean"]), 0.1,
                                    rtol=1e-6)
+
+
+def test_the_plan_of_the_articles_network_on_the_cpu(capsys):
+    models.article().summary((28, 28, 1), plan=True, batch=8)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "batches of 8, float32, on numpy"
+    rows = [line.split("  ")[0] + "|" + " ".join(line[9:].split()) for line in lines]
+    assert rows[3:8] == ["conv1|forward few channels - - -", "|weight gradient few channels - - -",
+                         "conv2|forward rows of taps - - -", "|input gradient rows of taps - - -",
+                         "|weight gradient rows of taps - - -"]
+    assert "dense3|forward matrix product - - -" in rows
+    for batch in (0, 2.5, True):
+        with pytest.raises(ValueError, match="^Sequential: batch must be an int >= 1, got"):
+            models.article().summary((28, 28, 1), plan=True, batch=batch)
+
+
+def test_the_algorithm_of_a_convolution_is_kept_and_checked():
+    layer = Conv2D(8, 3, algorithm="implicit_gemm")
+    assert layer.config()["algorithm"] == "implicit_gemm"
+    assert from_config(layer.config()).algorithm == "implicit_gemm"
+    with pytest.raises(ValueError, match="^Conv2D 'a': algorithm 'fft' is not known; use 'auto', "):
+        Conv2D(8, 3, algorithm="fft", name="a")

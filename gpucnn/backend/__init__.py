@@ -32,6 +32,19 @@ class Moments(NamedTuple):
     band: int
 
 
+class PassPlan(NamedTuple):
+    """How a backend computes one pass of a layer.
+
+    tile: of the result, that a block of threads computes, or "". splits: of each sum.
+    workspace: bytes of memory beside its arrays.
+    """
+
+    algorithm: str
+    tile: str = ""
+    splits: int = 1
+    workspace: int = 0
+
+
 class Backend(Protocol):
     """The ops that have a kernel of ours. All else is `xp` code, which NumPy and CuPy share.
 
@@ -107,6 +120,15 @@ class Backend(Protocol):
         input_gradient: without it dx is None, and is not computed.
         """
 
+    def conv2d_plan(self, x_shape: tuple[int, ...], w_shape: tuple[int, ...], window: Window,
+                    groups: int, dtype: Any, algorithm: str = "auto", input_gradient: bool = True,
+                    tf32: bool = False) -> dict[str, PassPlan]:
+        """How conv2d and conv2d_backward compute arrays of these shapes, by the pass.
+
+        The passes are forward, input gradient (if it is wanted) and weight gradient. Raises
+        ValueError where the algorithm cannot compute the convolution.
+        """
+
     def dense(self, x: Array, w: Array, b: Array | None, activation: str | None,
               tf32: bool = False) -> Array:
         """x (n, inputs), w (inputs, units), b (units,) -> A (n, units)."""
@@ -123,6 +145,10 @@ class Backend(Protocol):
     def activation_backward(self, da: Array, a: Array, activation: str | None,
                             slope: float = LEAKY_SLOPE) -> Array:
         """dz = dA g'(z), given A = g(z), of one shape and dtype; da itself without activation."""
+
+    def dense_plan(self, n: int, inputs: int, units: int, dtype: Any, input_gradient: bool = True,
+                   tf32: bool = False) -> dict[str, PassPlan]:
+        """As conv2d_plan, of dense and dense_backward for n samples."""
 
     def im2col(self, x: Array, window: Window) -> Array:
         """x (n, h, w, c) -> (n * oh * ow, kh * kw * c); padding counts as 0."""

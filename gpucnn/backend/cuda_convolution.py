@@ -86,7 +86,10 @@ AUTO_WGMMA = False  # whether `auto` may choose those: gpu_check.py measures whe
 
 
 class Plan(NamedTuple):
-    """How one pass of a convolution is computed. workspace: bytes beside its arrays."""
+    """How one pass of a convolution is computed.
+
+    workspace: bytes beside its arrays; of im2col, gpucnn/convolution.py has them.
+    """
 
     algorithm: str
     tile: Tile | None = None
@@ -98,10 +101,15 @@ class Plan(NamedTuple):
         assert self.tile is not None
         return -(-rows // self.tile.m) * -(-columns // self.tile.n) * self.splits
 
+    @property
+    def cores(self) -> str:
+        """" on tensor cores", " by wgmma", or nothing."""
+        if not self.tile or not self.tile.stages:
+            return ""
+        return " by wgmma" if self.tile.wgmma else " on tensor cores"
+
     def __str__(self) -> str:
-        cores = "" if not self.tile or not self.tile.stages else (
-            " by wgmma" if self.tile.wgmma else " on tensor cores")
-        tile = f" {self.tile.m}x{self.tile.n}{cores}" if self.tile else ""
+        tile = f" {self.tile.m}x{self.tile.n}{self.cores}" if self.tile else ""
         return f"{self.algorithm}{tile}" + (f" / {self.splits}" if self.splits > 1 else "")
 
 
@@ -169,14 +177,14 @@ def forward_plan(p: Problem, algorithm: str = "auto", processors: int | None = N
     ValueError for `direct` where there is none.
     """
     if algorithm == "direct" and not p.direct:
+        in_groups = f" in {p.groups} groups" if p.groups > 1 else ""
         raise ValueError(
-            f"no direct convolution of {p.c} channels in {p.groups} groups to {p.c_out}: it takes "
-            f"1 group of at most {DIRECT_INPUTS} channels, or a group for each channel; choose "
-            "'auto' or 'implicit_gemm'")
+            f"no direct convolution of {p.c} channels to {p.c_out}{in_groups}: it takes at most "
+            f"{DIRECT_INPUTS} channels, or a group for each; choose 'auto' or 'implicit_gemm'")
     if algorithm == "direct" or (algorithm == "auto" and p.direct):
         return Plan("direct")
     if algorithm == "im2col":
-        return _im2col_plan(p)
+        return Plan("im2col")
     return _gemm_plan(p, p.n * p.oh * p.ow, p.c_out // p.groups, p.window.places * p.inputs,
                       p.groups, p.n * p.oh * p.ow * p.c_out, processors)
 
@@ -187,7 +195,7 @@ def input_gradient_plan(p: Problem, algorithm: str = "auto", processors: int | N
     if p.depthwise and algorithm in ("direct", "auto"):
         return Plan("direct")
     if algorithm == "im2col":
-        return _im2col_plan(p)
+        return Plan("im2col")
     phases, rows = p.gradient_phases
     terms = -(-p.window.places // phases) * (p.c_out // p.groups)
     return _gemm_plan(p, rows, p.inputs, terms, p.groups * phases, p.n * p.h * p.w * p.c,
@@ -204,7 +212,7 @@ def weight_gradient_plan(p: Problem, algorithm: str = "auto", processors: int | 
         splits = max(1, min(BLOCKS_EACH * (processors or _processors()), pixels // TERMS_A_SPLIT))
         return Plan("direct", None, splits, _slabs(size, splits, p.dtype))
     if algorithm == "im2col":
-        return _im2col_plan(p)
+        return Plan("im2col")
     return _gemm_plan(p, terms, p.c_out // p.groups, pixels, p.groups, size, processors)
 
 
@@ -214,11 +222,6 @@ def possible_tiles(p: Problem, wgmma: bool = True) -> tuple[Tile, ...]:
         return TILES
     wgmma = wgmma and p.dtype.itemsize == 2 and capability() == 90
     return TENSOR_TILES + (WGMMA_TILES if wgmma else ())
-
-
-def _im2col_plan(p: Problem) -> Plan:
-    cols = p.n * p.oh * p.ow * p.window.places * p.c * p.dtype.itemsize
-    return Plan("im2col", workspace=cols)
 
 
 def _gemm_plan(p: Problem, rows: int, columns: int, terms: int, products: int, size: int,

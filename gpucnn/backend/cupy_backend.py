@@ -10,7 +10,14 @@ import numpy as np
 
 from gpucnn import convolution, update
 from gpucnn.augmentation import Augmentation
-from gpucnn.backend import ALGORITHMS, LEAKY_SLOPE, Moments, cuda_batch_norm, cuda_convolution
+from gpucnn.backend import (
+    ALGORITHMS,
+    LEAKY_SLOPE,
+    Moments,
+    PassPlan,
+    cuda_batch_norm,
+    cuda_convolution,
+)
 from gpucnn.backend.cuda_convolution import (
     Problem,
     forward_plan,
@@ -79,8 +86,13 @@ class CupyBackend:
     def conv2d(self, x: Any, w: Any, b: Any, window: Window, groups: int,
                activation: str | None, residual: Any = None, algorithm: str = "auto",
                tf32: bool = False) -> Any:
+        return self._conv2d(x, w, b, window, groups, activation, residual, _algorithm(algorithm),
+                            tf32)
+
+    def _conv2d(self, x: Any, w: Any, b: Any, window: Window, groups: int, activation: str | None,
+                residual: Any, algorithm: str, tf32: bool) -> Any:
         problem = _problem(x, w, residual, window, groups, tf32)
-        plan = forward_plan(problem, _algorithm(algorithm))
+        plan = forward_plan(problem, algorithm)
         if plan.algorithm == "im2col":
             return convolution.conv2d(self, _as_float32(x), _as_float32(w), b, window, groups,
                                       activation, _as_float32(residual)).astype(x.dtype, copy=False)
@@ -104,7 +116,12 @@ class CupyBackend:
                         activation: str | None, dw: Any, db: Any = None,
                         input_gradient: bool = True, algorithm: str = "auto",
                         tf32: bool = False) -> Any:
-        algorithm = _algorithm(algorithm)
+        return self._conv2d_backward(da, a, x, w, window, groups, activation, dw, db,
+                                     input_gradient, _algorithm(algorithm), tf32)
+
+    def _conv2d_backward(self, da: Any, a: Any, x: Any, w: Any, window: Window, groups: int,
+                         activation: str | None, dw: Any, db: Any, input_gradient: bool,
+                         algorithm: str, tf32: bool) -> Any:
         if algorithm == "im2col":
             dx, dw[...], bias_gradient = convolution.conv2d_backward(
                 self, _as_float32(da), _as_float32(a), _as_float32(x), _as_float32(w), window,
@@ -119,18 +136,50 @@ class CupyBackend:
             return None
         return cuda_convolution.input_gradient(p, input_gradient_plan(p, algorithm), dz, w)
 
+    def conv2d_plan(self, x_shape: tuple[int, ...], w_shape: tuple[int, ...], window: Window,
+                    groups: int, dtype: Any, algorithm: str = "auto", input_gradient: bool = True,
+                    tf32: bool = False) -> dict[str, PassPlan]:
+        chosen = _algorithm(algorithm)
+        try:
+            return self._plans(x_shape, w_shape, window, groups, dtype, chosen,
+                               input_gradient, tf32)
+        except ValueError as e:
+            if os.environ.get("GPUCNN_CONV"):
+                raise ValueError(f"GPUCNN_CONV={chosen!r}: {e}") from None
+            raise
+
+    def _plans(self, x_shape: tuple[int, ...], w_shape: tuple[int, ...], window: Window,
+               groups: int, dtype: Any, algorithm: str, input_gradient: bool, tf32: bool
+               ) -> dict[str, PassPlan]:
+        dtype = np.dtype(dtype)
+        p = Problem.of(x_shape, w_shape[3], window, groups, dtype, _tensor_cores(dtype, tf32))
+        columns = convolution.workspace(self, x_shape, w_shape, window, accumulator(dtype).itemsize)
+        passes = {"forward": forward_plan(p, algorithm)}
+        if input_gradient:
+            passes["input gradient"] = input_gradient_plan(p, algorithm)
+        passes["weight gradient"] = weight_gradient_plan(p, algorithm)
+        return {name: PassPlan(
+            plan.algorithm + plan.cores, f"{plan.tile.m}x{plan.tile.n}" if plan.tile else "",
+            plan.splits, columns if plan.algorithm == "im2col" else plan.workspace)
+            for name, plan in passes.items()}
+
     def dense(self, x: Any, w: Any, b: Any, activation: str | None, tf32: bool = False) -> Any:
         # A convolution with one tap over one image, a row of n pixels.
-        return self.conv2d(x[None, None], w[None, None], b, _ONE_TAP, 1, activation,
-                           None, "implicit_gemm", tf32)[0, 0]
+        return self._conv2d(x[None, None], w[None, None], b, _ONE_TAP, 1, activation, None,
+                            _dense_algorithm(), tf32)[0, 0]
 
     def dense_backward(self, da: Any, a: Any, x: Any, w: Any, activation: str | None,
                        dw: Any, db: Any = None, input_gradient: bool = True,
                        tf32: bool = False) -> Any:
-        dx = self.conv2d_backward(
+        dx = self._conv2d_backward(
             da[None, None], a[None, None], x[None, None], w[None, None], _ONE_TAP, 1, activation,
-            dw[None, None], db, input_gradient, "implicit_gemm", tf32)
+            dw[None, None], db, input_gradient, _dense_algorithm(), tf32)
         return None if dx is None else dx[0, 0]
+
+    def dense_plan(self, n: int, inputs: int, units: int, dtype: Any, input_gradient: bool = True,
+                   tf32: bool = False) -> dict[str, PassPlan]:
+        return self._plans((1, 1, n, inputs), (1, 1, inputs, units), _ONE_TAP, 1, dtype,
+                           _dense_algorithm(), input_gradient, tf32)
 
     def activate(self, z: Any, other: Any, activation: str | None, slope: float = LEAKY_SLOPE
                  ) -> Any:
@@ -264,14 +313,16 @@ def _as_float32(a: Any) -> Any:
     return a.astype(np.float32) if a is not None and a.itemsize == 2 else a
 
 
-def _problem(x: Any, w: Any, other: Any, window: Window, groups: int, tf32: bool) -> Problem:
-    """Tensor cores compute with 16-bit arrays, and with float32 ones where tf32 is allowed.
+def _tensor_cores(dtype: np.dtype, tf32: bool) -> bool:
+    """They compute with 16-bit arrays, and with float32 ones where tf32 is allowed."""
+    return ((dtype.itemsize == 2 or tf32)
+            and int(cupy.cuda.Device().compute_capability) >= 80)
 
-    other: None, or what else lies as the output does.
-    """
+
+def _problem(x: Any, w: Any, other: Any, window: Window, groups: int, tf32: bool) -> Problem:
+    """other: None, or what else lies as the output does."""
     arrays = (x, w) if other is None else (x, w, other)
-    tensor = ((x.itemsize == 2 or tf32) and cuda_convolution.capability() >= 80
-              and all(a.data.ptr % 16 == 0 for a in arrays))
+    tensor = _tensor_cores(x.dtype, tf32) and all(a.data.ptr % 16 == 0 for a in arrays)
     return Problem.of(x.shape, w.shape[3], window, groups, x.dtype, tensor)
 
 
@@ -282,6 +333,11 @@ def _algorithm(of_layer: str) -> str:
         raise ValueError(f"GPUCNN_CONV={chosen!r} is not known; use "
                          f"{', '.join(map(repr, ALGORITHMS))}")
     return chosen or of_layer
+
+
+def _dense_algorithm() -> str:
+    """A matrix product: ours, or with GPUCNN_CONV=im2col cuBLAS's."""
+    return "im2col" if _algorithm("auto") == "im2col" else "implicit_gemm"
 
 
 def _whole_image(h: int, w: int) -> Window:

@@ -17,11 +17,19 @@ from gpucnn.activations import LEAKY_SLOPE, activate, activation_backward
 from gpucnn.augmentation import Augmentation
 from gpucnn.backend import (
     Moments,
+    PassPlan,
     batch_gather,
     batch_norm,
     narrow_convolution,
     parallel,
     row_convolution,
+)
+from gpucnn.backend.convolution_ways import (
+    FEW_CHANNELS,
+    PRODUCT,
+    ROWS,
+    backward_way,
+    forward_way,
 )
 from gpucnn.backend.recycling import Recycler
 from gpucnn.backend.row_convolution import pad
@@ -86,9 +94,10 @@ class NumpyBackend:
     def conv2d(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None, window: Window,
                groups: int, activation: str | None, residual: np.ndarray | None = None,
                algorithm: str = "auto", tf32: bool = False) -> np.ndarray:
-        if row_convolution.pays(window, groups, x.shape, w.shape[-1]):
+        way = forward_way(window, groups, x.shape, w.shape[-1])
+        if way == ROWS:
             return row_convolution.conv2d(self, x, w, b, window, activation, residual)
-        if narrow_convolution.pays(window, groups, x.shape):
+        if way == FEW_CHANNELS:
             return narrow_convolution.conv2d(self, x, w, b, window, activation, residual)
         return convolution.conv2d(self, x, w, b, window, groups, activation, residual)
 
@@ -102,13 +111,13 @@ class NumpyBackend:
                         window: Window, groups: int, activation: str | None, dw: np.ndarray,
                         db: np.ndarray | None = None, input_gradient: bool = True,
                         algorithm: str = "auto", tf32: bool = False) -> np.ndarray | None:
+        way = backward_way(window, groups, x.shape, w.shape[-1], input_gradient)
         # A full convolution multiplies filters with zeros around dZ: NaN for a weight that is not
         # finite, at pixels that it never saw.
-        if (row_convolution.backward_pays(window, groups, x.shape, w.shape[-1], input_gradient)
-                and np.isfinite(w).all()):
+        if way == ROWS and np.isfinite(w).all():
             dx, dw[...], bias_gradient = row_convolution.conv2d_backward(
                 self, da, a, x, w, window, activation, input_gradient)
-        elif not input_gradient and narrow_convolution.pays(window, groups, x.shape):
+        elif way == FEW_CHANNELS:
             dx, (dw[...], bias_gradient) = None, narrow_convolution.weight_gradient(
                 self, da, a, x, w, window, activation)
         else:
@@ -117,6 +126,15 @@ class NumpyBackend:
         if db is not None:
             db[...] = bias_gradient
         return dx
+
+    def conv2d_plan(self, x_shape: tuple[int, ...], w_shape: tuple[int, ...], window: Window,
+                    groups: int, dtype: Any, algorithm: str = "auto", input_gradient: bool = True,
+                    tf32: bool = False) -> dict[str, PassPlan]:
+        forward = forward_way(window, groups, x_shape, w_shape[-1])
+        backward = backward_way(window, groups, x_shape, w_shape[-1], input_gradient)
+        return {"forward": PassPlan(forward),
+                **({"input gradient": PassPlan(backward)} if input_gradient else {}),
+                "weight gradient": PassPlan(backward)}
 
     def dense(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None, activation: str | None,
               tf32: bool = False) -> np.ndarray:
@@ -159,6 +177,11 @@ class NumpyBackend:
 
         for_blocks(self, work, dz, da, a)
         return dz
+
+    def dense_plan(self, n: int, inputs: int, units: int, dtype: Any, input_gradient: bool = True,
+                   tf32: bool = False) -> dict[str, PassPlan]:
+        passes = ("forward", *(("input gradient",) if input_gradient else ()), "weight gradient")
+        return {name: PassPlan(PRODUCT) for name in passes}
 
     def im2col(self, x: np.ndarray, window: Window) -> np.ndarray:
         n, oh, ow, c = _output_shape(x.shape, window)

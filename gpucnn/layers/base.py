@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gpucnn import rng
-from gpucnn.backend import Array, get_backend
+from gpucnn.backend import Array, PassPlan, get_backend
 from gpucnn.geometry import is_int
 from gpucnn.ops import as_array
 from gpucnn.precision import make_precision
@@ -124,6 +124,13 @@ class Layer:
     def multiply_adds(self) -> int:
         """Multiplications, each with its addition, in the forward pass of one sample."""
         return 0
+
+    def plan(self, batch: int, input_gradient: bool = True) -> dict[str, PassPlan]:
+        """How the backend computes the passes of a convolution or a dense layer; else nothing.
+
+        input_gradient: whether it is among them.
+        """
+        return {}
 
     def children(self) -> dict[str, Layer]:
         """The layers inside this one, by name."""
@@ -283,14 +290,19 @@ class Layer:
             raise ValueError(f"{self.where}: the output has shape {shape}, what is added to it "
                              f"{residual.shape}; they must be equal")
 
-    def summary(self, input_shape: Shape) -> None:
+    def summary(self, input_shape: Shape, *, plan: bool = False, batch: int = 64) -> None:
         """Print a table: each layer's output shape, parameters and multiply-adds.
 
         Its last column holds the weights that a dense layer between the same shapes would need:
         the article's point about sparse connections and shared weights.
+
+        plan: print instead by which algorithm, in which tiles and with what memory beside its
+            arrays this backend computes each pass of the convolutions and dense layers.
+        batch: for how many images.
         """
-        from gpucnn.layers.summary import summary_table
-        print(summary_table(self, tuple(input_shape)))
+        from gpucnn.layers.summary import plan_table, summary_table
+        print(plan_table(self, tuple(input_shape), batch) if plan
+              else summary_table(self, tuple(input_shape)))
 
     def _cast(self, name: str, array: Array) -> Array:
         if not isinstance(array, self.backend.xp.ndarray):

@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 
 from gpucnn import activations
-from gpucnn.backend import ALGORITHMS, Array
+from gpucnn.backend import ALGORITHMS, Array, PassPlan
 from gpucnn.geometry import (
     IntOrPair,
     Padding,
@@ -26,6 +26,7 @@ class Conv2D(Layer):
     bias: whether there is a b; batch normalisation after it would take it out again.
     algorithm: how a GPU computes it: "auto", "implicit_gemm", "im2col" or "direct" (one to four
         channels, or depthwise). The environment variable GPUCNN_CONV, where set, overrides it.
+        summary(input_shape, plan=True) shows what "auto" chose.
 
     Parameters: w (kh, kw, c / groups, filters), He's normal distribution; b (filters,), 0.
     """
@@ -63,6 +64,7 @@ class Conv2D(Layer):
                                     he_normal(fan_in), decay=True)
         self.b = self.add_parameter("b", (self.filters,), constant(0), decay=False) \
             if self.bias else None
+        self.plan(batch=1)
         return (*self._window((1, *input_shape)).out_size(*input_shape[:2]), self.filters)
 
     def forward(self, x: Array, training: bool = False) -> Array:
@@ -103,6 +105,15 @@ class Conv2D(Layer):
         return self.backend.conv2d_backward(
             da, a, x, self.w.cast, window, self.groups, self.activation, self.w.grad,
             self.b.grad if self.b else None, input_gradient, self.algorithm, self.precision.tf32)
+
+    def plan(self, batch: int, input_gradient: bool = True) -> dict[str, PassPlan]:
+        """As Layer.plan. Raises ValueError where the algorithm cannot compute this convolution."""
+        try:
+            return self.backend.conv2d_plan(
+                (batch, *self.input_shape), self.w.shape, self._window((1, *self.input_shape)),
+                self.groups, self.dtype, self.algorithm, input_gradient, self.precision.tf32)
+        except ValueError as e:
+            raise ValueError(f"{self.where}: {e}") from None
 
     def multiply_adds(self) -> int:
         return math.prod(self.output_shape[:2]) * self.w.size

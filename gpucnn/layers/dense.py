@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from gpucnn import activations
-from gpucnn.backend import Array
+from gpucnn.backend import Array, PassPlan
 from gpucnn.geometry import integer
 from gpucnn.layers.base import Layer, Parameter, Shape, constant, glorot_uniform, he_normal
 
@@ -59,6 +59,10 @@ class Dense(Layer):
         return self.backend.dense_backward(
             da, a, x, self.w.cast, self.activation, self.w.grad, self.b.grad if self.b else None,
             input_gradient, self.precision.tf32)
+
+    def plan(self, batch: int, input_gradient: bool = True) -> dict[str, PassPlan]:
+        return self.backend.dense_plan(batch, self.w.shape[0], self.units, self.dtype,
+                                       input_gradient, self.precision.tf32)
 
     def multiply_adds(self) -> int:
         return self.w.size

@@ -1,10 +1,14 @@
-"""The table that Layer.summary() prints."""
+"""The tables that Layer.summary() prints."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+from gpucnn.geometry import is_int
 from gpucnn.layers.base import Layer, Shape
+from gpucnn.layers.container import Sequential
 
+_PLAN_HEADER = ("layer", "pass", "algorithm", "tile", "splits", "workspace")
 _HEADER = ("layer", "type", "output shape", "parameters", "multiply-adds", "as dense: weights")
 
 
@@ -14,23 +18,51 @@ def summary_table(model: Layer, input_shape: Shape) -> str:
     "as dense" is inputs * outputs: what the layer would need if it neither shared its weights nor
     connected each output to a few inputs only. Raises ValueError where the shapes do not fit.
     """
-    if model.built:
-        if input_shape != model.input_shape:
-            raise ValueError(f"{model.where}: built for input {model.input_shape}, not "
-                             f"{input_shape}; make a new model")
-    else:
-        model.declare_at(input_shape, model.path)
+    _declare(model, input_shape)
     leaves = [layer for layer in model.walk() if not layer.children()]
     rows = [(layer.path, type(layer).__name__, "x".join(map(str, layer.output_shape)),
              _number(_parameters(layer)), _number(layer.multiply_adds()),
              _number(_dense_weights(layer))) for layer in leaves]
     total = ("total", "", "", *(_number(sum(map(count, leaves))) for count in (
         _parameters, lambda layer: layer.multiply_adds(), _dense_weights)))
-    widths = [max(len(row[i]) for row in (_HEADER, *rows, total)) for i in range(len(_HEADER))]
-    rule = "-" * (sum(widths) + 2 * len(widths) - 2)
-    lines = [_line(_HEADER, widths), rule, *(_line(row, widths) for row in rows), rule,
-             _line(total, widths)]
-    return "\n".join(lines)
+    return _table(_HEADER, rows, total, numbers=3)
+
+
+def plan_table(model: Layer, input_shape: Shape, batch: int) -> str:
+    """One line for each pass of each convolution and dense layer, for `batch` images.
+
+    The first layer needs no input gradient. Workspaces serve one pass after the other: the last
+    line has the largest. Raises ValueError where the shapes do not fit.
+    """
+    if not is_int(batch) or batch < 1:
+        raise ValueError(f"{model.where}: batch must be an int >= 1, got {batch!r}")
+    _declare(model, input_shape)
+    first, rows, largest = _first_layer(model), [], 0
+    for layer in model.walk():
+        plans = layer.plan(batch, input_gradient=layer is not first)
+        for name, plan in plans.items():
+            rows.append((layer.path if name == "forward" else "", name, plan.algorithm,
+                         plan.tile or "-", str(plan.splits) if plan.splits > 1 else "-",
+                         _bytes(plan.workspace)))
+            largest = max(largest, plan.workspace)
+    title = f"batches of {batch}, {model.precision.name}, on {model.backend.name}\n"
+    return title + _table(_PLAN_HEADER, rows, ("largest", *[""] * 4, _bytes(largest)), numbers=2)
+
+
+def _declare(model: Layer, input_shape: Shape) -> None:
+    if model.built:
+        if input_shape != model.input_shape:
+            raise ValueError(f"{model.where}: built for input {model.input_shape}, not "
+                             f"{input_shape}; make a new model")
+    else:
+        model.declare_at(input_shape, model.path)
+
+
+def _first_layer(model: Layer) -> Layer:
+    """The one whose backward_parameters() training calls, and not its backward()."""
+    while isinstance(model, Sequential) and model.layers:
+        model = model.layers[0]
+    return model
 
 
 def _parameters(layer: Layer) -> int:
@@ -47,6 +79,20 @@ def _number(n: int) -> str:
     return f"{n:,}" if n else "-"
 
 
-def _line(cells: tuple[str, ...], widths: list[int]) -> str:
-    return "  ".join(c.ljust(w) if i < 3 else c.rjust(w)
-                     for i, (c, w) in enumerate(zip(cells, widths))).rstrip()
+def _bytes(n: int) -> str:
+    if not n:
+        return "-"
+    return f"{n / 2**20:,.1f} MiB" if n >= 2**20 else f"{n / 2**10:,.1f} KiB"
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], total: tuple[str, ...],
+           numbers: int) -> str:
+    """The last columns, `numbers` of them, are set to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, total)]
+    rule = "-" * (sum(widths) + 2 * len(widths) - 2)
+
+    def line(cells: tuple[str, ...]) -> str:
+        return "  ".join(c.ljust(w) if i < len(cells) - numbers else c.rjust(w)
+                         for i, (c, w) in enumerate(zip(cells, widths))).rstrip()
+
+    return "\n".join([line(header), rule, *map(line, rows), rule, line(total)])
