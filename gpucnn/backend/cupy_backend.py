@@ -315,8 +315,7 @@ def _as_float32(a: Any) -> Any:
 
 def _tensor_cores(dtype: np.dtype, tf32: bool) -> bool:
     """They compute with 16-bit arrays, and with float32 ones where tf32 is allowed."""
-    return ((dtype.itemsize == 2 or tf32)
-            and int(cupy.cuda.Device().compute_capability) >= 80)
+    return (dtype.itemsize == 2 or tf32) and cuda_convolution.capability() >= 80
 
 
 def _problem(x: Any, w: Any, other: Any, window: Window, groups: int, tf32: bool) -> Problem:
