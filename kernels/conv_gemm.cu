@@ -204,19 +204,20 @@ static __device__ void convolve(const Product& p, const Share& own, int splits,
 #pragma unroll
                 for (int e = 0; e < VEC_N; ++e) {
                     chunk.at[e] = finish(sums[i][j + e], bias, channel + e, residual, place + e);
-                    sums[i][j + e] = chunk.at[e];
+                    if (MOMENTS) sums[i][j + e] = chunk.at[e];
                 }
                 *reinterpret_cast<Chunk<VEC_N>*>(y + place) = chunk;
             }
         }
     }
-    if (!GRADIENT && moments)
+    if (MOMENTS && !GRADIENT)
         write_moments(p, own, (int)min((index_t)TILE_M, rows - own.first_row), sums, tiles, moments);
 }
 
 // x (n, h, w, c), filters (kh, kw, c / groups, c_out), bias (c_out), residual and y (n, oh, ow, c_out).
 // With a partial (splits, n, oh, ow, c_out) only sums are written, to it; finish_splits.cu goes on.
 // moments (row tiles, 2, c_out): of the outputs, for the batch norm after it; not with a partial.
+// They take registers, so it is a variant of its own that writes them: MOMENTS is 1 then.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_forward(
     const scalar_t* __restrict__ x, const scalar_t* __restrict__ filters,
     const accum_t* __restrict__ bias_or_null, const scalar_t* __restrict__ residual_or_null,

@@ -184,19 +184,19 @@ static __device__ void convolve(const Product& p, const Share& own, int splits, 
 #pragma unroll
                 for (int e = 0; e < PIECE; ++e) {
                     out.at[e] = finish(sum[e], bias, channel + e, residual, place + e);
-                    if (!GRADIENT) sum[e] = out.at[e];
+                    if (MOMENTS && !GRADIENT) sum[e] = out.at[e];
                 }
                 *reinterpret_cast<Piece*>(y + place) = out;
             }
         }
         __syncwarp();
-        if (!GRADIENT && moments) {
+        if (MOMENTS && !GRADIENT) {
             index_t left = rows - own.first_row - fragment_row(i);
             of_warp.add(corner, PITCH, left < 16 ? (int)left : 16);
             __syncwarp();
         }
     }
-    if (!GRADIENT && moments)
+    if (MOMENTS && !GRADIENT)
         write_moments(p, own, of_warp, reinterpret_cast<float*>(memory), moments);
 }
 

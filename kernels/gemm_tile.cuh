@@ -21,7 +21,7 @@ constexpr int THREADS = THREADS_M * THREADS_N;
 // Blocks that a multiprocessor must have registers for; 0: as the compiler likes. It would spill
 // some of the small tiles, for more blocks at a time than are needed. tests/gpusim/resources.py
 // shows what each variant takes.
-constexpr int BLOCKS = THREADS >= 128 ? 0 : SUMS_M * SUMS_N < 64 ? 8 : 4;
+constexpr int BLOCKS = THREADS >= 128 ? 0 : SUMS_M * SUMS_N < 32 ? 8 : 4;
 // What a row of shared memory is longer, so that threads which store A's columns hit other banks.
 constexpr int PAD = 4;
 

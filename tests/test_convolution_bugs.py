@@ -72,7 +72,7 @@ BUGS = {
     "moments count the rows past the end": (
         "moments", "conv_gemm.cu", "if (tile_row(i) < rows) sum +=", "sum +="),
     "moments are those of the sums before the activation": (
-        "moments", "conv_gemm.cu", "sums[i][j + e] = chunk.at[e];", ""),
+        "moments", "conv_gemm.cu", "if (MOMENTS) sums[i][j + e] = chunk.at[e];", ""),
     "a pixel above the image is read": ("forward", "conv_gemm.cu", "y >= 0 &&", "y >= -1 &&"),
     "a pixel right of the image is read": (
         "forward", "conv_gemm.cu", "x < h.size;", "x <= h.size;"),

@@ -276,7 +276,8 @@ missing = []
 for file in map(pathlib.Path, sys.argv[1:]):
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Attribute):
-            name = ast.unparse(node).replace("()", "")
+            # What a call returns, and then what is of the function itself.
+            name = ast.unparse(node).replace("get_current_stream()", "Stream").replace("()", "")
             if name.startswith("cupy."):
                 try:
                     operator.attrgetter(name.removeprefix("cupy."))(cupy)

@@ -43,7 +43,7 @@ class Bug(NamedTuple):
     dtype: np.dtype
     shape: Shape = RAGGED
     splits: int = 1
-    tile: int = 3
+    tile: int = 4
 
 
 BUGS = {
@@ -131,8 +131,8 @@ BUGS = {
         TENSOR, "        __syncwarp();\n        for (int u", "        for (int u",
         FAULT, "y", FLOAT16),
     "a corner is written before it is read": Bug(
-        TENSOR, "        __syncwarp();\n        if (!GRADIENT && moments) {",
-        "        if (!GRADIENT && moments) {", FAULT, "y", FLOAT16, tile=2),
+        TENSOR, "        __syncwarp();\n        if (MOMENTS && !GRADIENT) {",
+        "        if (MOMENTS && !GRADIENT) {", FAULT, "y", FLOAT16, tile=2),
     "y: results past the last are written": Bug(
         TENSOR, "if (row >= rows || result >= p.results) continue;", "if (row >= rows) continue;",
         FAULT, "y", FLOAT16),
@@ -159,27 +159,27 @@ BUGS = {
         TENSOR, "finish(sum[e], bias, channel + e,", "finish(sum[e], bias, result + e,",
         WRONG, "y", FLOAT16),
     "wgmma: pieces do not change places": Bug(
-        WGMMA, "(piece ^ (row & 7)) << 4", "piece << 4", WRONG, "y", FLOAT16, tile=4),
+        WGMMA, "(piece ^ (row & 7)) << 4", "piece << 4", WRONG, "y", FLOAT16, tile=5),
     "wgmma: atoms as far apart as blocks": Bug(
-        WGMMA, "(ATOM_BYTES >> 4) << 32", "(BLOCK_BYTES >> 4) << 32", FAULT, "y", FLOAT16, tile=4),
+        WGMMA, "(ATOM_BYTES >> 4) << 32", "(BLOCK_BYTES >> 4) << 32", FAULT, "y", FLOAT16, tile=5),
     "wgmma: A is transposed instead of B": Bug(
         WGMMA, 'SUMS_32(0), SUMS_32(8) : "l"(a), "l"(b), "n"(A_COLUMNS), "n"(B_COLUMNS)',
         'SUMS_32(0), SUMS_32(8) : "l"(a), "l"(b), "n"(B_COLUMNS), "n"(A_COLUMNS)',
-        FAULT, "y", FLOAT16, tile=4),
+        FAULT, "y", FLOAT16, tile=5),
     "wgmma: both warpgroups take the same rows": Bug(
         WGMMA, "first = threadIdx.x / 128 * FRAGMENTS_M;", "first = 0;", WRONG, "dw", FLOAT16,
-        shape=Shape((1, 5, 5), depth=4), tile=5),
+        shape=Shape((1, 5, 5), depth=4), tile=6),
     "wgmma: no fence before the products": Bug(
         WGMMA, 'asm volatile("wgmma.fence.sync.aligned;" ::: "memory");', "", FAULT, "y", FLOAT16,
-        tile=4),
+        tile=5),
     "wgmma: copies are not shown to it": Bug(
         WGMMA, 'asm volatile("fence.proxy.async.shared::cta;" ::: "memory");', "", FAULT, "dx",
-        FLOAT16, tile=4),
+        FLOAT16, tile=5),
     "wgmma: a stage is written while it is multiplied": Bug(
         WGMMA, "wgmma.wait_group.sync.aligned 1;", "wgmma.wait_group.sync.aligned 2;", FAULT, "dw",
-        FLOAT16, shape=Shape((2, 16, 16), (1, 1)), tile=4),
+        FLOAT16, shape=Shape((2, 16, 16), (1, 1)), tile=5),
     "wgmma: sums are read before they are there": Bug(
-        WGMMA, "wgmma.wait_group.sync.aligned 0;", "", WRONG, "y", FLOAT16, tile=4),
+        WGMMA, "wgmma.wait_group.sync.aligned 0;", "", WRONG, "y", FLOAT16, tile=5),
     "split sums get no bias": Bug(
         SPLITS, "finish(z, bias_or_null,", "finish(z, nullptr,", WRONG, "y", FLOAT16, splits=2),
 }

@@ -31,7 +31,7 @@ FLOAT16, BFLOAT16, FLOAT32 = TENSOR_DTYPES
 ACTIVATIONS = ("relu", "leaky_relu", "sigmoid", "tanh")
 
 
-TILES, WGMMA = range(4), range(4, 7)  # by number: the lists themselves need CuPy
+TILES, WGMMA = range(5), range(5, 8)  # by number: the lists themselves need CuPy
 SMALL = 3
 ALL = [*itertools.product(TILES, TENSOR_DTYPES), *((number, FLOAT16) for number in WGMMA),
        *((number, BFLOAT16) for number in (WGMMA[0], WGMMA[2]))]  # both widths of the instruction

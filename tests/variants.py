@@ -16,7 +16,7 @@ from tests.convolution_cases import pairs
 FILES = sorted(p.name for p in kernel_dir().glob("*.cu") if "tensor" not in p.name)
 # From gpucnn/backend/cuda_convolution.py, which imports CuPy; test_convolution_plans.py compares.
 TILES = tuple(dict(zip(("TILE_M", "TILE_N", "QUADS_M", "QUADS_N"), tile)) for tile in (
-    (128, 128, 2, 2), (128, 64, 2, 2), (64, 64, 2, 2), (32, 32, 1, 1)))
+    (128, 128, 2, 2), (128, 64, 2, 2), (64, 64, 2, 2), (64, 32, 2, 1), (32, 32, 1, 1)))
 ACTIVATIONS = tuple(range(1 + len(activations.NAMES)))
 # What a file leaves to #define, if it has a word of this name: the values that a launch may give.
 CONSTANTS: dict[str, tuple[Any, ...]] = {
@@ -25,6 +25,7 @@ CONSTANTS: dict[str, tuple[Any, ...]] = {
     "DEPTHWISE": (0, 1),
     "TERMS": (9,),
     "ACTIVATION": ACTIVATIONS,
+    "MOMENTS": (0, 1),
 }
 # "bfloat16" becomes the name of a dtype where ml_dtypes is imported.
 DTYPES = tuple(map(np.dtype, ("float32", "float64", "float16", ml_dtypes.bfloat16)))

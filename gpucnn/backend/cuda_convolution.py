@@ -76,9 +76,10 @@ class Tile(NamedTuple):
 
 
 TILES = (Tile(128, 128, 8, 8, 1.0), Tile(128, 64, 8, 8, 0.9), Tile(64, 64, 8, 8, 0.75),
-         Tile(32, 32, 4, 4, 0.4))
+         Tile(64, 32, 8, 4, 0.6), Tile(32, 32, 4, 4, 0.4))
 TENSOR_TILES = (Tile(128, 128, 64, 32, 1.0, 4), Tile(128, 64, 64, 32, 0.9, 4),
-                Tile(64, 64, 32, 32, 0.7, 4), Tile(32, 32, 16, 16, 0.3, 3))
+                Tile(64, 64, 32, 32, 0.7, 4), Tile(128, 32, 32, 32, 0.6, 4),
+                Tile(32, 32, 16, 16, 0.3, 3))
 # For 16-bit elements on sm_90.
 WGMMA_TILES = (Tile(128, 128, 128, 128, 1.0, 4, True), Tile(256, 128, 128, 128, 1.0, 4, True),
                Tile(128, 64, 128, 64, 0.9, 4, True))
@@ -292,7 +293,8 @@ def forward(p: Problem, plan: Plan, x: Any, w: Any, b: Any, residual: Any,
     blocks = plan.blocks(p.n * p.oh * p.ow, outputs) * p.groups
     kernel, options = _options(plan.tile, _forward, _tensor_forward, p.inputs, outputs, arrays)
     kernel.launch(blocks, plan.tile.threads, x, w, b, residual, y, partial, moments,
-                  *p.arguments, p.c_out, p.groups, plan.splits, **options, **activated)
+                  *p.arguments, p.c_out, p.groups, plan.splits, MOMENTS=int(moments is not None),
+                  **options, **activated)
     if partial is not None:
         _finish_splits(y.size, partial, b, residual, y, y.size, p.c_out, plan.splits, **activated)
     return y
@@ -311,7 +313,7 @@ def input_gradient(p: Problem, plan: Plan, dz: Any, w: Any) -> Any:
     kernel, options = _options(plan.tile, _input_gradient, _tensor_input_gradient,
                                p.c_out // p.groups, p.inputs, (dz, w, dx))
     kernel.launch(blocks, plan.tile.threads, dz, w, dx, partial, *p.arguments, p.c_out, p.groups,
-                  plan.splits, **options, ACTIVATION=0)
+                  plan.splits, **options, ACTIVATION=0, MOMENTS=0)
     if partial is not None:
         _finish_splits(dx.size, partial, None, None, dx, dx.size, p.c, plan.splits, ACTIVATION=0)
     return dx
