@@ -395,4 +395,4 @@ def test_an_unknown_kernel_or_type_is_an_error(cupy_backend):
         Kernel("maxpool.cu", "min_pool")(4, x)
     with (mutated("dropout.cu", "long long size", "size_t size"),
           pytest.raises(KernelError, match=r"dropout.cu.*'size_t size' has a type")):
-        cupy_backend.dropout(x, 0.5, 1, 1)
+        cupy_backend.dropout(x, 0.5, 1, cupy_backend.asarray([1]))

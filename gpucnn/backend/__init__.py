@@ -179,8 +179,11 @@ class Backend(Protocol):
     def global_avg_pool_backward(self, dy: Array, x_shape: tuple[int, ...]) -> Array:
         """The adjoint of global_avg_pool: dy (n, c) -> dx of x_shape."""
 
-    def dropout(self, x: Array, rate: float, key: int, stream: int) -> Array:
-        """x with elements zeroed where gpucnn.rng draws below `rate`, the rest / (1 - rate)."""
+    def dropout(self, x: Array, rate: float, key: int, stream: Array) -> Array:
+        """x with elements zeroed where gpucnn.rng draws below `rate`, the rest / (1 - rate).
+
+        stream: (1,) int64, of the backend: a captured graph reads it anew each time.
+        """
 
     def gather_batch(self, images: Array, labels: Array, order: Array, cursor: Array, n: int,
                      table: Array, augmentation: Augmentation, key: int) -> tuple[Array, Array]:

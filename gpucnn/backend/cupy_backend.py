@@ -231,10 +231,10 @@ class CupyBackend:
         n, h, w, c = x_shape
         return self.avg_pool_backward(dy.reshape(n, 1, 1, c), x_shape, _whole_image(h, w))
 
-    def dropout(self, x: Any, rate: float, key: int, stream: int) -> Any:
+    def dropout(self, x: Any, rate: float, key: int, stream: Any) -> Any:
         y = cupy.empty(x.shape, x.dtype)
         _dropout(-(-x.size // 4), x, y, x.size, drop_threshold(rate), 1 / (1 - rate),
-                 *words_of(key), *words_of(stream))
+                 *words_of(key), stream)
         return y
 
     def gather_batch(self, images: Any, labels: Any, order: Any, cursor: Any, n: int, table: Any,

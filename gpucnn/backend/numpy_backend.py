@@ -275,12 +275,12 @@ class NumpyBackend:
         share = (dy / float(h * w)).reshape(n, 1, 1, c)
         return np.ascontiguousarray(np.broadcast_to(share, x_shape))
 
-    def dropout(self, x: np.ndarray, rate: float, key: int, stream: int) -> np.ndarray:
-        y = self.empty(x.shape, x.dtype)
+    def dropout(self, x: np.ndarray, rate: float, key: int, stream: np.ndarray) -> np.ndarray:
+        number, y = int(stream[0]), self.empty(x.shape, x.dtype)
         flat_x, flat_y = x.reshape(-1), y.reshape(-1)
 
         def drop(block: slice) -> None:
-            words = random_words(block.stop - block.start, key, stream, start=block.start)
+            words = random_words(block.stop - block.start, key, number, start=block.start)
             scaled = np.multiply(flat_x[block], x.dtype.type(1 / (1 - rate)), out=flat_y[block])
             scaled[...] = zero_where(words < drop_threshold(rate), scaled)
 

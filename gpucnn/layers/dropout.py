@@ -1,6 +1,8 @@
 """Dropout."""
 from __future__ import annotations
 
+import numpy as np
+
 from gpucnn.backend import Array
 from gpucnn.layers.base import Layer
 
@@ -23,15 +25,26 @@ class Dropout(Layer):
 
     def make_state(self, key: int) -> None:
         self.key = key
-        self.step = 0  # counts forward passes in training
+        # Counts forward passes in training; on the device, so that a captured graph counts too.
+        self._step = self.backend.xp.zeros(1, np.int64)
+
+    @property
+    def step(self) -> int:
+        """The number of the next training step, which its mask is drawn from; waits for the GPU."""
+        return int(self._step[0])
+
+    @step.setter
+    def step(self, number: int) -> None:
+        self._step[...] = number
 
     def forward(self, x: Array, training: bool = False) -> Array:
         x = self.receive(x)
-        self.save(training, x.shape, self.step)
+        step = self._step.copy() if training else None
+        self.save(training, x.shape, step)
         if not training or self.rate == 0:
             return x
-        self.step += 1
-        return self.backend.dropout(x, self.rate, self.key, self.step - 1)
+        self._step += 1
+        return self.backend.dropout(x, self.rate, self.key, step)
 
     def backward(self, dy: Array) -> Array:
         shape, step = self.take_saved()

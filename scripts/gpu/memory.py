@@ -6,7 +6,7 @@ of its inputs and outputs once; an array that a kernel changes in place is both.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -190,6 +190,12 @@ def norm_backward(s: Setting, b: Backend, dy: Any, x: Any, mean: Any, var: Any, 
     return dx, dgamma, dbeta
 
 
+@cache
+def random_stream(b: Backend) -> Any:
+    """On the device before a graph is captured, which refuses to copy from the host."""
+    return b.asarray(np.array([2]))
+
+
 def adam(s: Setting, b: Backend, theta: Any, g: Any, m: Any, v: Any, control: Any) -> Any:
     """With the 16-bit copy of the parameters where the setting stores 16 bits."""
     copy = None if s.dtype == "float32" else b.empty(theta.shape, s.dtype)
@@ -218,7 +224,8 @@ KERNELS = (
     MemoryKernel("avg_pool", "avgpool.cu", "x", lambda s, b, x: b.avg_pool(x, s.pool), half=True),
     MemoryKernel("avg_pool_backward", "avgpool.cu", "pooled",
                  lambda s, b, dy: b.avg_pool_backward(dy, s.shape, s.pool), half=True),
-    MemoryKernel("dropout", "dropout.cu", "x", lambda s, b, x: b.dropout(x, 0.25, 1, 2), half=True),
+    MemoryKernel("dropout", "dropout.cu", "x",
+                 lambda s, b, x: b.dropout(x, 0.25, 1, random_stream(b)), half=True),
     MemoryKernel("add_relu", "activation.cu", "x dz",
                  lambda s, b, z, other: b.activate(z, other, "relu"), half=True),
     MemoryKernel("relu_backward", "activation.cu", "dz x",
