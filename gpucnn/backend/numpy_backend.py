@@ -332,7 +332,8 @@ class NumpyBackend:
             loss -= label_smoothing * z.mean()
             p -= label_smoothing / classes
         p *= (1 if loss_scale is None else float(loss_scale[0])) / n
-        return loss, p.astype(logits.dtype, copy=False), np.asarray(hits)
+        # With NumPy 1.26 a Python float has made it a double.
+        return z.dtype.type(loss), p.astype(logits.dtype, copy=False), np.asarray(hits)
 
     def sum_of_squares(self, g: np.ndarray) -> np.ndarray:
         blocks = blocks_of(g.size, SQUARES_BLOCK)
