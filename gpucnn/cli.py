@@ -20,6 +20,7 @@ from gpucnn.errors import BackendError, DataError, GpucnnError, ModelFormatError
 from gpucnn.files import one_line
 from gpucnn.layers import Layer
 from gpucnn.models import load_model
+from gpucnn.precision import make_precision
 
 MODEL_FILE = "model.safetensors"
 Number = TypeVar("Number", int, float)
@@ -64,6 +65,14 @@ def choose_backend() -> Backend:
     if chosen != "auto":  # which says so itself
         print(f"gpucnn: backend {backend.name} (GPUCNN_BACKEND={chosen})", file=sys.stderr)
     return backend
+
+
+def require_precision(name: str, backend: Backend) -> None:
+    """Raise UsageError where a model on this backend cannot have the precision."""
+    try:
+        make_precision("--precision", name, backend.name)
+    except (ValueError, ImportError) as e:
+        raise UsageError(str(e)) from e
 
 
 def device_name(backend: Backend) -> str:

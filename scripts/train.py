@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: argparse.Namespace) -> None:
     backend = cli.choose_backend()
+    cli.require_precision(arguments.precision, backend)
     require_tqdm()
     require_matplotlib()
     train_set, test_set = cli.load_data(arguments)

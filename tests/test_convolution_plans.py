@@ -149,6 +149,14 @@ def test_an_unknown_value_is_one_line(cupy_backend, monkeypatch):
             call()
 
 
+def test_numpy_does_not_follow_the_variable_but_refuses_an_unknown_value(monkeypatch):
+    monkeypatch.setenv("GPUCNN_CONV", "im2col")
+    Conv2D(8, 3).build((8, 8, 3))
+    monkeypatch.setenv("GPUCNN_CONV", "winograd")
+    with pytest.raises(ValueError, match="GPUCNN_CONV='winograd' is not known; use 'auto'"):
+        Conv2D(8, 3).build((8, 8, 3))
+
+
 def test_an_algorithm_that_cannot_is_refused_when_the_model_is_built(cupy_backend, monkeypatch):
     monkeypatch.delenv("GPUCNN_CONV", raising=False)
     model = Sequential([Conv2D(8, 3), Conv2D(8, 3, algorithm="direct")])

@@ -215,6 +215,8 @@ USAGE = {
     "a seed": (("--seed", "-1"), "argument --seed: must be from 0 to 2**32 - 1, got -1"),
     "a large seed": (("--seed", 2**32), "--seed: must be from 0 to 2**32 - 1, got 4294967296"),
     "a share": (("--label-smoothing", "5"), "--label-smoothing: must be >= 0 and < 1, got 5"),
+    "a precision": (("--precision", "mixed_float16"),
+                    "error: --precision: precision 'mixed_float16' needs the cupy backend"),
     "no share": (("--label-smoothing", "nan"), "--label-smoothing: must be >= 0 and < 1, got nan"),
 }
 

@@ -285,6 +285,15 @@ def make_backend(name: str) -> Backend:
     raise ValueError(f"GPUCNN_BACKEND={name!r} is not known; use 'numpy', 'cupy' or 'auto'")
 
 
+def convolution_algorithm(of_layer: str) -> str:
+    """GPUCNN_CONV, where it is set, else the layer's own. Raises ValueError for an unknown one."""
+    chosen = os.environ.get("GPUCNN_CONV")
+    if chosen and chosen not in ALGORITHMS:
+        raise ValueError(f"GPUCNN_CONV={chosen!r} is not known; use "
+                         f"{', '.join(map(repr, ALGORITHMS))}")
+    return chosen or of_layer
+
+
 def backend_of(array: Array) -> Backend:
     """The backend that an array belongs to, by its type."""
     return make_backend("cupy" if type(array).__module__.split(".")[0] == "cupy" else "numpy")

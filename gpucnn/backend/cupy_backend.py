@@ -11,10 +11,10 @@ import numpy as np
 from gpucnn import convolution, update
 from gpucnn.augmentation import Augmentation
 from gpucnn.backend import (
-    ALGORITHMS,
     LEAKY_SLOPE,
     Moments,
     PassPlan,
+    convolution_algorithm,
     cuda_batch_norm,
     cuda_convolution,
 )
@@ -86,8 +86,8 @@ class CupyBackend:
     def conv2d(self, x: Any, w: Any, b: Any, window: Window, groups: int,
                activation: str | None, residual: Any = None, algorithm: str = "auto",
                tf32: bool = False) -> Any:
-        return self._conv2d(x, w, b, window, groups, activation, residual, _algorithm(algorithm),
-                            tf32)
+        return self._conv2d(x, w, b, window, groups, activation, residual,
+                            convolution_algorithm(algorithm), tf32)
 
     def _conv2d(self, x: Any, w: Any, b: Any, window: Window, groups: int, activation: str | None,
                 residual: Any, algorithm: str, tf32: bool) -> Any:
@@ -103,7 +103,7 @@ class CupyBackend:
                             algorithm: str = "auto", tf32: bool = False
                             ) -> tuple[Any, Moments | None]:
         problem = _problem(x, w, residual, window, groups, tf32)
-        plan = forward_plan(problem, _algorithm(algorithm))
+        plan = forward_plan(problem, convolution_algorithm(algorithm))
         tile = plan.tile
         if tile is None or plan.splits > 1:  # what a block has is not the output then
             return self.conv2d(x, w, b, window, groups, activation, residual, algorithm, tf32), None
@@ -117,7 +117,7 @@ class CupyBackend:
                         input_gradient: bool = True, algorithm: str = "auto",
                         tf32: bool = False) -> Any:
         return self._conv2d_backward(da, a, x, w, window, groups, activation, dw, db,
-                                     input_gradient, _algorithm(algorithm), tf32)
+                                     input_gradient, convolution_algorithm(algorithm), tf32)
 
     def _conv2d_backward(self, da: Any, a: Any, x: Any, w: Any, window: Window, groups: int,
                          activation: str | None, dw: Any, db: Any, input_gradient: bool,
@@ -139,7 +139,7 @@ class CupyBackend:
     def conv2d_plan(self, x_shape: tuple[int, ...], w_shape: tuple[int, ...], window: Window,
                     groups: int, dtype: Any, algorithm: str = "auto", input_gradient: bool = True,
                     tf32: bool = False) -> dict[str, PassPlan]:
-        chosen = _algorithm(algorithm)
+        chosen = convolution_algorithm(algorithm)
         try:
             return self._plans(x_shape, w_shape, window, groups, dtype, chosen,
                                input_gradient, tf32)
@@ -325,18 +325,9 @@ def _problem(x: Any, w: Any, other: Any, window: Window, groups: int, tf32: bool
     return Problem.of(x.shape, w.shape[3], window, groups, x.dtype, tensor)
 
 
-def _algorithm(of_layer: str) -> str:
-    """GPUCNN_CONV, where it is set, else the layer's own. Raises ValueError for an unknown one."""
-    chosen = os.environ.get("GPUCNN_CONV")
-    if chosen and chosen not in ALGORITHMS:
-        raise ValueError(f"GPUCNN_CONV={chosen!r} is not known; use "
-                         f"{', '.join(map(repr, ALGORITHMS))}")
-    return chosen or of_layer
-
-
 def _dense_algorithm() -> str:
     """A matrix product: ours, or with GPUCNN_CONV=im2col cuBLAS's."""
-    return "im2col" if _algorithm("auto") == "im2col" else "implicit_gemm"
+    return "im2col" if convolution_algorithm("auto") == "im2col" else "implicit_gemm"
 
 
 def _whole_image(h: int, w: int) -> Window:

@@ -20,6 +20,7 @@ from gpucnn.backend import (
     PassPlan,
     batch_gather,
     batch_norm,
+    convolution_algorithm,
     narrow_convolution,
     parallel,
     row_convolution,
@@ -130,6 +131,7 @@ class NumpyBackend:
     def conv2d_plan(self, x_shape: tuple[int, ...], w_shape: tuple[int, ...], window: Window,
                     groups: int, dtype: Any, algorithm: str = "auto", input_gradient: bool = True,
                     tf32: bool = False) -> dict[str, PassPlan]:
+        convolution_algorithm(algorithm)  # is not followed here; but a misspelled one is refused
         forward = forward_way(window, groups, x_shape, w_shape[-1])
         backward = backward_way(window, groups, x_shape, w_shape[-1], input_gradient)
         return {"forward": PassPlan(forward),
