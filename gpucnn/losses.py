@@ -5,7 +5,7 @@ import numpy as np
 
 from gpucnn.backend import Array, backend_of
 from gpucnn.ops import as_array, cross_entropy_and_hits
-from gpucnn.optim import LossScale
+from gpucnn.optim import LossScale, check_loss_scale
 
 
 class SoftmaxCrossEntropy:
@@ -17,6 +17,7 @@ class SoftmaxCrossEntropy:
     """
 
     def __init__(self, label_smoothing: float = 0.0, loss_scale: LossScale | None = None):
+        check_loss_scale(loss_scale)
         self.label_smoothing, self.loss_scale = label_smoothing, loss_scale
 
     def __call__(self, logits: Array, labels: Array) -> tuple[Array, Array]:

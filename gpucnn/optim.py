@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpucnn.backend import Array
+from gpucnn.geometry import is_int
 from gpucnn.layers import Layer
 from gpucnn.update import (
     ADAM,
@@ -39,7 +40,9 @@ class LossScale:
 
     def __init__(self, model: Layer, initial: float = 2.0**16, growth_interval: int = 2000):
         _check("initial", initial, LEAST_SCALE, 2.0**128)
-        if not growth_interval >= 1:
+        if not is_int(growth_interval):
+            raise TypeError(f"growth_interval must be an int, got {growth_interval!r}")
+        if growth_interval < 1:
             raise ValueError(f"growth_interval must be >= 1, got {growth_interval}")
         self.growth_interval = int(growth_interval)
         self.value: Array = model.backend.asarray([float(initial), 0.0])
@@ -73,6 +76,7 @@ class Optimizer:
             raise RuntimeError("the optimizer needs a built model; call model.build(input_shape)")
         if clip_norm is not None:
             _check("clip_norm", clip_norm, 0, float("inf"))
+        check_loss_scale(loss_scale)
         self.model = model
         self.clip_norm, self.loss_scale = clip_norm, loss_scale
         self.xp: Any = model.backend.xp
@@ -138,7 +142,11 @@ class Optimizer:
         Returns the norm before, for which it waits for the GPU; clip_norm does not. Both are those
         without the loss scale, where there is one. Pascanu, Mikolov and Bengio 2013. The squares
         are added as doubles, in an order that depends on the number of parameters alone.
+
+        Raises ValueError for a limit below 0, or NaN.
         """
+        if not limit >= 0:
+            raise ValueError(f"the norm's limit must be >= 0, got {limit}")
         backend, g = self.model.backend, self.model.flat_grad
         norm = float(backend.to_numpy(backend.sum_of_squares(g)).sum()) ** 0.5
         if self.loss_scale is not None:
@@ -160,7 +168,8 @@ class Optimizer:
 
         Raises ValueError for names or shapes that are not this optimiser's.
         """
-        own = {name: a.shape for name, a in self.state_dict().items()}
+        own = {**{name: a.shape for name, a in self.state.items()}, "steps": (),
+               **({} if self.loss_scale is None else {"loss_scale": (2,)})}
         given = {name: np.shape(a) for name, a in arrays.items()}
         if given != own:
             raise ValueError(f"the state of this {type(self).__name__} is {own}, got {given}")
@@ -287,6 +296,16 @@ def _average(average: Array, newest: Array, share: float) -> None:
     average += (1 - share) * newest
 
 
+def check_loss_scale(scale: object) -> None:
+    """Raise TypeError unless it is a LossScale or None."""
+    if scale is not None and not isinstance(scale, LossScale):
+        raise TypeError(f"loss_scale must be an optim.LossScale or None, got {scale!r}")
+
+
 def _check(name: str, value: float, least: float, below: float) -> None:
-    if not least <= value < below:
+    try:
+        fits = least <= value < below
+    except TypeError:
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    if not fits:
         raise ValueError(f"{name} must be >= {least} and < {below}, got {value}")

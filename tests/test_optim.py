@@ -342,7 +342,27 @@ def test_an_optimizer_of_ones_own_is_array_code_on_both_backends(base, backend):
     (lambda m: optim.Adam(m, beta1=1), "beta1 must be >= 0 and < 1, got 1"),
     (lambda m: optim.Adam(m, beta2=2), "beta2 must be >= 0 and < 1, got 2"),
     (lambda m: optim.AdamW(m, weight_decay=-1), "weight_decay must be >= 0 and < inf, got -1"),
+    (lambda m: optim.Adam(m).clip_gradients(-1), "the norm's limit must be >= 0, got -1"),
+    (lambda m: optim.Adam(m).clip_gradients(np.nan), "the norm's limit must be >= 0, got nan"),
+    (lambda m: training.train_step(m, losses.SoftmaxCrossEntropy(
+        loss_scale=optim.LossScale(m)), optim.Adam(m), np.ones((2, 3)), [0, 1]),
+     "the loss and the optimizer have different loss scales; give both the same optim.LossScale, "
+     "or neither"),
 ])
 def test_settings_out_of_range(make, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
+        make(make_model())
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda m: optim.Adam(m, clip_norm="1"), "clip_norm must be a number, got '1'"),
+    (lambda m: optim.Adam(m, None), "learning_rate must be a number, got None"),
+    (lambda m: optim.LossScale(m, "8"), "initial must be a number, got '8'"),
+    (lambda m: optim.LossScale(m, growth_interval=1.5), "growth_interval must be an int, got 1.5"),
+    (lambda m: optim.Adam(m, loss_scale=8.0), "loss_scale must be an optim.LossScale .* got 8.0"),
+    (lambda m: losses.SoftmaxCrossEntropy(loss_scale=8.0),
+     "loss_scale must be an optim.LossScale or None, got 8.0"),
+])
+def test_settings_of_a_wrong_type(make, message):
+    with pytest.raises(TypeError, match=f"^{message}$"):
         make(make_model())

@@ -18,17 +18,21 @@ Loss = Callable[[Array, Array], tuple[Array, Array]]
 Batches = Iterable[tuple[Array, Array]]
 
 
-def train_step(model: Layer, loss: Loss, optimizer: Optimizer, x: Any, t: Any, *,
-               clip_norm: float | None = None) -> tuple[float, int]:
+def train_step(model: Layer, loss: Loss, optimizer: Optimizer, x: Any, t: Any
+               ) -> tuple[float, int]:
     """Forward, backward and update on one batch.
 
     x: (n, h, w, c) images, moved to the model's backend if they come from the host.
     t: (n,) labels, as the loss takes them; those of gpucnn.losses take them from the host too.
-    clip_norm: None, or the largest norm that all gradients together may have.
 
     Returns (mean loss, how many of the n were classified right before the update). The update is
     left out where the loss is not finite: the caller decides what then (check_finite).
+
+    Raises ValueError where the loss and the optimizer have not the same loss scale.
     """
+    if type(loss) is SoftmaxCrossEntropy and loss.loss_scale is not optimizer.loss_scale:
+        raise ValueError("the loss and the optimizer have different loss scales; give both the "
+                         "same optim.LossScale, or neither")
     with np.errstate(over="ignore", invalid="ignore"):  # the loss shows it
         logits = model.forward(_receive(model, x), training=True)
         if type(loss) is SoftmaxCrossEntropy:  # a subclass may compute another loss
@@ -39,8 +43,6 @@ def train_step(model: Layer, loss: Loss, optimizer: Optimizer, x: Any, t: Any, *
     if not np.isfinite(float(value)):
         return float(value), int(hits)
     model.backward_parameters(dlogits)
-    if clip_norm is not None:
-        optimizer.clip_gradients(clip_norm)
     optimizer.step()
     return float(value), int(hits)
 
