@@ -51,15 +51,15 @@ class Augmentation:
                              f"{self.padding!r}")
         for name in ("mean", "std"):
             value = getattr(self, name)
-            numbers: np.ndarray
             try:
-                with np.errstate(over="ignore"):
-                    numbers = np.asarray(value, np.float32)  # in which it may be computed
-            except (TypeError, ValueError):
-                numbers = np.empty((0, 0))
-            if numbers.ndim > 1 or not numbers.size:
+                given = np.asarray(value)
+            except ValueError:  # lists of several lengths
+                given = np.empty((0, 0))
+            if given.dtype.kind not in "iuf" or given.ndim > 1 or not given.size:
                 raise TypeError(f"Augmentation: {name} must be a number or one for each channel, "
                                 f"got {value!r}")
+            with np.errstate(over="ignore"):
+                numbers = given.astype(np.float32)  # in which it may be computed
             if not np.isfinite(numbers).all() or (name == "std" and (numbers <= 0).any()):
                 raise ValueError(f"Augmentation: {name} must be finite"
                                  f"{' and > 0' if name == 'std' else ''}, got {value!r}")

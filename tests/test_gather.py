@@ -247,6 +247,8 @@ def test_cutout_stands_at_every_centre_as_often_and_is_cut_off_at_the_border(man
     ({"padding": "edge"}, ValueError, "padding must be 'zero' or 'reflect', got 'edge'"),
     ({"mean": "grey"}, TypeError, "mean must be a number or one for each channel, got 'grey'"),
     ({"mean": ()}, TypeError, "mean must be a number or one for each channel, got ()"),
+    ({"std": "0.5"}, TypeError, "std must be a number or one for each channel, got '0.5'"),
+    ({"mean": None}, TypeError, "mean must be a number or one for each channel, got None"),
     ({"std": [[1, 2]]}, TypeError, "std must be a number or one for each channel, got [[1, 2]]"),
     ({"mean": float("nan")}, ValueError, "mean must be finite, got nan"),
     ({"std": (0.2, 0)}, ValueError, "std must be finite and > 0, got (0.2, 0)"),
@@ -386,6 +388,9 @@ def test_a_loader_refuses_what_cannot_be_meant():
     with pytest.raises(ValueError, match=r"^Loader: an augmentation that draws random numbers "
                                          r"needs a seed$"):
         Loader(data_set((2, 4, 4, 1)), 2, augmentation=Augmentation(flip=True))
+    with pytest.raises(TypeError, match=r"^Loader: augmentation must be an Augmentation or None, "
+                                        r"got {'flip': True}$"):
+        Loader(data_set((2, 4, 4, 1)), 2, seed=0, augmentation={"flip": True})
     with pytest.raises(ValueError, match=r"^images of 0x4 with 1 channels have no pixels$"):
         Loader(data_set((2, 0, 4, 1)), 2)
 

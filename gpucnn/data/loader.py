@@ -9,6 +9,7 @@ import numpy as np
 from gpucnn.augmentation import Augmentation
 from gpucnn.backend import Array, get_backend
 from gpucnn.data.dataset import Dataset
+from gpucnn.geometry import is_int
 
 # What a model of the same seed draws has other high bits: see gpucnn.layers.base.
 _AUGMENTATION_KEYS = 0xA064_0000_0000_0000
@@ -52,6 +53,9 @@ class Loader:
         if self.dtype.name not in ("float32", "float64", "float16", "bfloat16"):
             raise TypeError("Loader: dtype must be float32, float64, float16 or bfloat16, got "
                             f"{self.dtype}")
+        if not isinstance(augmentation, (Augmentation, type(None))):
+            raise TypeError("Loader: augmentation must be an Augmentation or None, got "
+                            f"{augmentation!r}")
         self.augmentation = Augmentation() if augmentation is None else augmentation
         if seed is None and self.augmentation.draws:
             raise ValueError("Loader: an augmentation that draws random numbers needs a seed")
@@ -118,8 +122,8 @@ class Loader:
         return np.argsort(philox.random_raw(n), kind="stable").astype(np.int64, copy=False)
 
 
-def _check_int(name: str, value: object, least: int) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+def _check_int(name: str, value: int, least: int) -> None:
+    if not is_int(value):
         raise TypeError(f"Loader: {name} must be an int, got {value!r}")
     if value < least:
         raise ValueError(f"Loader: {name} must be >= {least}, got {value}")
