@@ -1,4 +1,4 @@
-"""Convolution, pooling and cross-entropy as plain functions on NumPy or CuPy arrays.
+"""Convolution, pooling, batch norm and cross-entropy as plain functions on NumPy or CuPy arrays.
 
 Each checks what it is given, takes the backend that the arrays belong to, and calls it. Images
 are NHWC, (n, h, w, c); filters HWIO, (kh, kw, c_in / groups, c_out). `size`, `stride` and
@@ -6,9 +6,10 @@ are NHWC, (n, h, w, c); filters HWIO, (kh, kw, c_in / groups, c_out). `size`, `s
 (out = ceil(n / stride), the odd pixel at the bottom and right; for stride 1 and odd filters the
 article's p = (f - 1) / 2), an int, (ph, pw), or ((top, bottom), (left, right)).
 
-Arrays may be float16, float32 or float64, and any view: transposed, sliced, with negative
-strides, read-only or broadcast. They are never written. float16 is computed in float32 and
-returned as float16. Lists and arrays of other libraries that offer DLPack are taken as NumPy's.
+Arrays may be float16, bfloat16 (of ml_dtypes), float32 or float64, and any view: transposed,
+sliced, with negative strides, read-only or broadcast. They are never written. Those of 16 bits are
+computed in float32 and returned in theirs. Lists and arrays of other libraries that offer DLPack
+are taken as NumPy's.
 
 Raises TypeError for dtypes and types, ValueError for shapes and values; the message names the
 function, the value, and what is accepted.
@@ -150,6 +151,8 @@ def batch_norm_statistics(x: Array) -> tuple[Array, Array]:
     """The mean and the variance (c,) of x (..., c) over all other axes, of 2 values at least.
 
     The variance is that of the values themselves, divided by their number: for batch_norm.
+
+    Raises ValueError for fewer values.
     """
     where = "batch_norm_statistics"
     backend, dtype, (x,) = _receive(where, x=x)
@@ -170,6 +173,7 @@ def batch_norm(x: Array, mean: Array, var: Array, gamma: Array, beta: Array, *,
     their running averages otherwise. activation: None or "relu".
     """
     where = "batch_norm"
+    check_epsilon(where, epsilon)
     activations.check_name(where, activation, activations.FUSED_WITH_NORM)
     backend, dtype, (x, mean, var, gamma, beta, residual) = _receive(
         where, x=x, mean=mean, var=var, gamma=gamma, beta=beta, residual=residual)
@@ -187,6 +191,7 @@ def batch_norm_backward(dy: Array, x: Array, mean: Array, var: Array, gamma: Arr
     as well.
     """
     where = "batch_norm_backward"
+    check_epsilon(where, epsilon)
     backend, dtype, (dy, x, mean, var, gamma) = _receive(where, dy=dy, x=x, mean=mean, var=var,
                                                          gamma=gamma)
     _check_channels(where, x, mean=mean, var=var, gamma=gamma)
@@ -367,6 +372,12 @@ def check_channels(where: str, x_shape: tuple[int, ...], channels: int, groups: 
             if x_shape[1] == channels * groups else "; the layout is NHWC")
     raise ValueError(f"{where}: input has {x_shape[3]} channels (last axis of {tuple(x_shape)}), "
                      f"weights expect {channels * groups}{nchw}")
+
+
+def check_epsilon(where: str, epsilon: float) -> None:
+    """Raise ValueError unless a variance may be divided by once epsilon is added to it."""
+    if not 0 < epsilon < math.inf:
+        raise ValueError(f"{where}: epsilon must be > 0 and finite, got {epsilon}")
 
 
 def _check_channels(where: str, x: Array, **vectors: Array) -> None:

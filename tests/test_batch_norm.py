@@ -318,6 +318,9 @@ REFUSED = {
     "residual": (lambda: ops.batch_norm(X, V, V, V, V, residual=X[:1]),
                  "residual has shape (1, 3), expected (4, 3)"),
     "dy": (lambda: ops.batch_norm_backward(X[:3], X, V, V, V), "dy has shape (3, 3), expected (4,"),
+    "epsilon": (lambda: ops.batch_norm(X, V, V, V, V, epsilon=-1),
+                "batch_norm: epsilon must be > 0 and finite, got -1"),
+    "epsilon backward": (lambda: ops.batch_norm_backward(X, X, V, V, V, epsilon=0), "got 0"),
     "activation": (lambda: ops.batch_norm(X, V, V, V, V, activation="tanh"),
                    "batch_norm: activation 'tanh' is not known; use None, 'relu'"),
 }

@@ -7,6 +7,7 @@ from typing import Any
 from gpucnn import activations
 from gpucnn.backend import Array
 from gpucnn.layers.base import Layer, Parameter, Shape, constant
+from gpucnn.ops import check_epsilon
 
 
 class BatchNorm(Layer):
@@ -32,8 +33,7 @@ class BatchNorm(Layer):
         activations.check_name(self.where, activation, activations.FUSED_WITH_NORM)
         if not 0 < momentum <= 1:
             raise ValueError(f"{self.where}: momentum must be > 0 and <= 1, got {momentum}")
-        if not 0 < epsilon < math.inf:
-            raise ValueError(f"{self.where}: epsilon must be > 0 and finite, got {epsilon}")
+        check_epsilon(self.where, epsilon)
         self.activation = activation
         self.momentum = momentum
         self.epsilon = epsilon
