@@ -317,6 +317,27 @@ def test_build_refuses_sizes_that_are_none(shape):
         Conv2D(4).build(shape)
 
 
+@pytest.mark.parametrize("options", [{}, {"plan": True}])
+def test_summary_refuses_them_too(options):
+    with pytest.raises(ValueError, match="^Conv2D: input_shape must be ints >= 1 without"):
+        Conv2D(4).summary((6, 5, 0), **options)
+    with pytest.raises(TypeError, match="^Conv2D: input_shape must be ints >= 1 without.*; got 8"):
+        Conv2D(4).summary(8, **options)
+
+
+def test_a_layer_of_another_model_leaves_no_moments_for_the_norm_it_had(backend):
+    conv, norm = Conv2D(4, 3, bias=False), BatchNorm()
+    Sequential([conv, norm]).build((5, 5, 3))
+    assert conv.feeds_norm
+    assert norm.source is conv
+    conv.forward(backend.asarray(np.ones((2, 5, 5, 3), np.float32)), training=True)
+    Sequential([conv, ReLU()]).build((5, 5, 3))
+    Sequential([norm]).build((3, 3, 4))
+    assert not conv.feeds_norm
+    assert conv.output_moments is None
+    assert norm.source is None
+
+
 def test_summary_of_the_articles_network(capsys):
     model = models.article()
     model.summary((28, 28, 1))

@@ -78,7 +78,8 @@ class Layer:
         self.flat_grad: Array = None
         self.flat_cast: Array = None
         self._saved: Any = None
-        # For a BatchNorm after it, a layer may leave the moments of its last training output.
+        # Where a BatchNorm follows it, a layer may leave the moments of its last training output
+        # beside that output. The BatchNorm takes them away, and uses them for that very array.
         self.feeds_norm = False
         self.output_moments: tuple[Array, Any] | None = None
 
@@ -164,12 +165,7 @@ class Layer:
                                  f"{precision!r}; give one of them")
             precision = np.dtype(dtype).name
         chosen = make_precision(self.where, precision, self.backend.name)
-        wanted = "input_shape must be ints >= 1 without the batch axis, such as (28, 28, 1)"
-        if not isinstance(input_shape, Iterable):
-            raise TypeError(f"{self.where}: {wanted}; got {input_shape!r}")
-        if not all(is_int(n) and n > 0 for n in input_shape):
-            raise ValueError(f"{self.where}: {wanted}; got {tuple(input_shape)}")
-        self.output_shape = self.declare_at(tuple(input_shape), self.path)
+        self.output_shape = self.declare_at(self._shape_of_input(input_shape), self.path)
         seed = int(seed)
         drawn = [p.initializer(p.shape, seed, stream)
                  for stream, p in enumerate(self.parameters().values())]
@@ -202,6 +198,7 @@ class Layer:
         """declare() under the name that the layer has inside its model."""
         self.path = path
         self.own_parameters = {}
+        self.feeds_norm, self.output_moments = False, None
         self.input_shape = input_shape
         self.output_shape = self.declare(input_shape)
         return self.output_shape
@@ -301,8 +298,17 @@ class Layer:
         batch: for how many images.
         """
         from gpucnn.layers.summary import plan_table, summary_table
-        print(plan_table(self, tuple(input_shape), batch) if plan
-              else summary_table(self, tuple(input_shape)))
+        shape = self._shape_of_input(input_shape)
+        print(plan_table(self, shape, batch) if plan else summary_table(self, shape))
+
+    def _shape_of_input(self, input_shape: Any) -> Shape:
+        wanted = "input_shape must be ints >= 1 without the batch axis, such as (28, 28, 1)"
+        if not isinstance(input_shape, Iterable):
+            raise TypeError(f"{self.where}: {wanted}; got {input_shape!r}")
+        shape = tuple(input_shape)
+        if not all(is_int(n) and n > 0 for n in shape):
+            raise ValueError(f"{self.where}: {wanted}; got {shape}")
+        return shape
 
     def _cast(self, name: str, array: Array) -> Array:
         if not isinstance(array, self.backend.xp.ndarray):

@@ -43,6 +43,7 @@ class BatchNorm(Layer):
         channels = input_shape[-1:]
         self.gamma = self.add_parameter("gamma", channels, constant(1), decay=False)
         self.beta = self.add_parameter("beta", channels, constant(0), decay=False)
+        self.source = None
         return input_shape
 
     def make_state(self, key: int) -> None:
@@ -95,9 +96,9 @@ class BatchNorm(Layer):
 
     def _moments_of(self, x: Array) -> Any:
         """What the layer before this one may have computed of x beside it."""
-        given = self.source.output_moments if self.source else None
-        if self.source:
-            self.source.output_moments = None
+        if self.source is None:
+            return None
+        given, self.source.output_moments = self.source.output_moments, None
         return given[1] if given and given[0] is x else None
 
     def _backward(self, da: Array, activation: str | None, has_residual: bool
