@@ -28,7 +28,7 @@ def names_in(file: Path) -> set[str]:
     """What a file defines: functions, classes, methods and constants, or __global__ kernels."""
     text = file.read_text(encoding="utf-8")
     if file.suffix != ".py":
-        return set(re.findall(r"__global__ void (\w+)\(", text))
+        return set(re.findall(r"__global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(", text))
     names = set()
     for node in ast.parse(text).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -45,6 +45,19 @@ def names_in(file: Path) -> set[str]:
 def test_each_place_named_in_the_article_table_exists(file, name):
     assert (ROOT / file).is_file()
     assert not name or name in names_in(ROOT / file)
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", *(
+    f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_files_and_functions_that_a_document_names_exist(document):
+    """`kernels/x.cu`, `backend/x.py` or a kernel's bare `x.cu`; `module.name` of gpucnn/module.py."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for file in re.findall(r"`([\w/]+\.(?:py|cuh?|md))`", text):
+        assert any((ROOT / folder / file).is_file() for folder in
+                   (".", "gpucnn", "gpucnn/layers", "kernels", "scripts")), file
+    for module, name in re.findall(r"`(\w+)\.(\w+)[(`]", text):
+        file = ROOT / "gpucnn" / f"{module}.py"
+        assert not file.is_file() or name in {*names_in(file), "py"}, f"{module}.{name}"
 
 
 def test_the_table_has_a_plain_and_a_fast_place_for_each_formula():
