@@ -60,6 +60,13 @@ def cupy_backend():
         yield chosen
 
 
+@pytest.fixture(params=gpusim.engine.ORDERS)
+def order(request, monkeypatch):
+    """In which the simulator lets the threads of a block run."""
+    from tests.gpusim import fake_cupy
+    monkeypatch.setitem(fake_cupy.options, "order", request.param)
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

@@ -73,11 +73,6 @@ extern "C" __global__ void histogram(const int* x, int* bins, int n) {
 """
 
 
-@pytest.fixture(params=["ascending", "descending", "shuffled"])
-def order(request, monkeypatch):
-    monkeypatch.setitem(fake_cupy.options, "order", request.param)
-
-
 def floats(*shape):
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
