@@ -6,6 +6,7 @@ import pytest
 
 from tests.gpusim import KernelFault, fake_cupy, nvrtc
 from tests.gpusim.fake_cupy import CompileException
+from tests.gpusim.mutation import plant
 from tests.ptx import (
     F32,
     I32,
@@ -161,9 +162,9 @@ BUGS = {
 
 @pytest.mark.parametrize(("old", "new", "message"), BUGS.values(), ids=BUGS)
 def test_a_bug_in_the_ptx_is_caught(old, new, message):
-    assert old in GEMM
+    source = plant(GEMM, old, new)
     with pytest.raises((KernelFault, CompileException, AssertionError), match=message):
-        run_gemm(GEMM.replace(old, new, 1))
+        run_gemm(source)
 
 
 def test_a_fault_names_the_first_line_of_its_statement():

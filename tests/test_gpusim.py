@@ -8,9 +8,13 @@ import sys
 import numpy as np
 import pytest
 
+from gpucnn.geometry import make_window
 from tests import gpusim
+from tests.cases import named
+from tests.conftest import needs_simulator
 from tests.gpusim import KernelFault, fake_cupy
 from tests.gpusim.fake_cupy import RawModule
+from tests.gpusim.mutation import caught, plant
 
 WORKS, _REASON = gpusim.available()
 pytestmark = pytest.mark.skipif(not WORKS, reason=_REASON)
@@ -170,9 +174,21 @@ IN_SOURCE = {
 
 @pytest.mark.parametrize(("run", "old", "new", "message"), IN_SOURCE.values(), ids=IN_SOURCE)
 def test_a_bug_in_the_source_is_caught(order, run, old, new, message):
-    assert old in SOURCE
+    source = plant(SOURCE, old, new)
     with pytest.raises(KernelFault, match=message):
-        run(SOURCE.replace(old, new, 1))
+        run(source)
+
+
+@needs_simulator
+@pytest.mark.parametrize(("old", "new", "end"), [
+    ("none_yet = true;", "none_yet = true", "CompileException"),  # as what is in the way
+    ("none_yet = true;", "none_yet = 1;", "DID NOT RAISE"),
+    ("none of its text", "", "the bug would not be planted")])
+def test_what_does_not_compile_or_is_no_bug_is_not_caught(cupy_backend, old, new, end):
+    x, window = cupy_backend.asarray(floats(1, 4, 4, 1)), make_window("test", 2, 2, 0, 1, (4, 4))
+    with pytest.raises((AssertionError, pytest.fail.Exception), match=end), \
+            caught("maxpool.cu", old, new), named("a case"):
+        cupy_backend.max_pool(x, window)
 
 
 def test_a_fault_names_file_line_block_and_thread():
@@ -250,7 +266,10 @@ def test_nothing_of_the_real_cupy_stays_beside_the_stand_in():
 import sys, types
 for name in ("cupy", "cupy.linalg", "cupyx", "cupyx.scipy", "cupy_backends.cuda", "cupyish"):
     sys.modules[name] = types.ModuleType(name)
+from gpucnn.geometry import make_window
 from tests import gpusim
+from tests.cases import named
+from tests.conftest import needs_simulator
 gpusim.install()
 print(*sorted(name for name in sys.modules if name.startswith("cupy")))
 """

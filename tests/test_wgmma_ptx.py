@@ -6,6 +6,7 @@ import pytest
 
 from tests.gpusim import KernelFault, fake_cupy
 from tests.gpusim.fake_cupy import CompileException
+from tests.gpusim.mutation import plant
 from tests.ptx import (
     F32,
     I32,
@@ -146,9 +147,9 @@ WGMMA_BUGS = {
 
 @pytest.mark.parametrize(("old", "new", "message"), WGMMA_BUGS.values(), ids=WGMMA_BUGS)
 def test_a_bug_in_the_use_of_wgmma_is_caught(old, new, message):
-    assert old in WGMMA
+    source = plant(WGMMA, old, new)
     with pytest.raises((KernelFault, CompileException, AssertionError), match=message):
-        run_wgmma(WGMMA.replace(old, new, 1))
+        run_wgmma(source)
 
 
 @pytest.mark.parametrize("source", [
