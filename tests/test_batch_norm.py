@@ -236,6 +236,26 @@ def test_a_misaligned_view_is_read_channel_by_channel(cupy_backend):
         np.testing.assert_allclose(cupy_backend.to_numpy(a), cupy_backend.to_numpy(b), rtol=1e-5)
 
 
+@pytest.mark.parametrize("odd", ["x", "residual", "dy", "y"])
+def test_no_misaligned_array_is_read_16_bytes_at_a_time(cupy_backend, rng, odd):
+    values = {name: rng.standard_normal((40, 8)) for name in ("x", "residual", "dy", "y")}
+    vectors = [cupy_backend.asarray(rng.random(8), np.float32) for _ in range(4)]
+
+    def run(odd):
+        a = {name: cupy_backend.asarray(v, np.float32) for name, v in values.items()}
+        if odd:
+            a[odd] = cupy_backend.asarray(np.append(0, values[odd]), np.float32)[1:].reshape(40, 8)
+            assert a[odd].data.ptr % 16
+        sums = [cupy_backend.empty((8,), np.float32) for _ in range(2)]
+        y = cupy_backend.batch_norm(a["x"], *vectors, EPSILON, a["residual"], "relu")
+        dx, dz = cupy_backend.batch_norm_backward(a["dy"], a["x"], a["y"], *vectors, EPSILON,
+                                                  "relu", *sums, True)
+        return [cupy_backend.to_numpy(r) for r in (y, dx, dz, *sums)]
+
+    for got, want in zip(run(odd), run(None)):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_a_variance_far_from_0_keeps_its_digits(backend, rng):
     """By the mean of the squares less the square of the mean it would have none."""
     x = (1e4 + rng.standard_normal((3000, 5))).astype(np.float32)
@@ -246,10 +266,10 @@ def test_a_variance_far_from_0_keeps_its_digits(backend, rng):
     np.testing.assert_allclose(var, x.astype(float).var(0), rtol=1e-4)
 
 
-def test_a_constant_channel_has_no_variance(backend):
+def test_a_constant_channel_has_no_variance(backend, rng):
     """Nor one below 0, of which a small epsilon would leave no square root."""
-    x = np.full((3000, 4), [0, 0.1, 1e4 + 0.3, -1e15], np.float32)
-    running = [backend.xp.zeros(4, np.float32) for _ in range(2)]
+    x = np.full((3000, 104), [0, 0.1, 1e4 + 0.3, -1e15, *rng.standard_normal(100)], np.float32)
+    running = [backend.xp.zeros(104, np.float32) for _ in range(2)]
     mean, var = (backend.to_numpy(v) for v in backend.batch_norm_statistics(
         backend.asarray(x), *running, MOMENTUM))
     assert (var >= 0).all()

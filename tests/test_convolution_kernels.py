@@ -154,6 +154,17 @@ def test_activation_backward(cupy_backend, monkeypatch, variant):
         check_activation_backward(cupy_backend, shape, activation, dtype, bias=False)
 
 
+@pytest.mark.parametrize("odd", ["z", "other"])
+def test_what_is_added_may_lie_at_an_odd_address(cupy_backend, odd):
+    values = dict(zip(("z", "other"), np.random.default_rng(0).integers(-9, 9, (2, 5, 8))))
+    there = {name: cupy_backend.asarray(v, np.float32) for name, v in values.items()}
+    there[odd] = cupy_backend.asarray(np.append(0, values[odd]), np.float32)[1:].reshape(5, 8)
+    assert there[odd].data.ptr % 16
+    a = cupy_backend.activate(there["z"], there["other"], "relu")
+    np.testing.assert_array_equal(cupy_backend.to_numpy(a),
+                                  np.maximum(values["z"] + values["other"], 0))
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("tile", range(len(cuda.TILES)))
 def test_the_moments_of_each_band_of_rows(cupy_backend, tile, dtype):

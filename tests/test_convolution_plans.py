@@ -15,9 +15,10 @@ PLANS = (cuda.forward_plan, cuda.input_gradient_plan, cuda.weight_gradient_plan)
 H100 = 132
 
 
-def problem(n, size, c, c_out, groups=1, kernel=3, stride=1, dtype=np.float32):
-    return Case((n, size, size, c), (kernel, kernel, c_out), stride, padding=kernel // 2,
-                groups=groups, dtype=np.dtype(dtype)).problem
+def problem(n, size, c, c_out, groups=1, kernel=3, stride=1, dtype=np.float32, tensor=False):
+    case = Case((n, size, size, c), (kernel, kernel, c_out), stride, padding=kernel // 2,
+                groups=groups, dtype=np.dtype(dtype))
+    return cuda.Problem.of(case.x, c_out, case.window, groups, case.dtype, tensor)
 
 
 @pytest.fixture
@@ -96,6 +97,73 @@ def test_every_plan_makes_sense(no_gpu, processors):
             slabs = size * plan.splits * p.dtype.itemsize if plan.splits > 1 else 0
             assert plan.workspace == slabs, p
             assert (plan.tile is None) == (plan.algorithm == "direct"), p
+
+
+def products_of(p):
+    """Of each pass: rows, columns, terms, how many products, and numbers in the result."""
+    v, inputs, outputs = p.window, p.c // p.groups, p.c_out // p.groups
+    pixels, taps = p.n * p.oh * p.ow, v.kh * v.kw
+    phases = min(v.sh, p.h) * min(v.sw, p.w)  # pixels of x with as many taps, in strides
+    a_phase = p.n * -(-p.h // v.sh) * -(-p.w // v.sw)
+    return ((pixels, outputs, taps * inputs, p.groups, pixels * p.c_out),
+            (a_phase, inputs, -(-taps // phases) * outputs, p.groups * phases,
+             p.n * p.h * p.w * p.c),
+            (taps * inputs, outputs, pixels, p.groups, taps * inputs * p.c_out))
+
+
+def time_of(p, tile, splits, product, processors):
+    """The estimate of the rule: waves of blocks, and the traffic of what is split."""
+    rows, columns, terms, products, size = product
+    at_once = cuda.BLOCKS_EACH * processors
+    blocks = max(1, -(-rows // tile.m) * -(-columns // tile.n) * products) * splits
+    moved = (2 * splits + 1) * size / at_once if splits > 1 else 0
+    return (-(-blocks // at_once) * tile.m * tile.n * -(-terms // splits) / tile.speed
+            + moved * (300 if p.tensor else 40))
+
+
+@pytest.mark.parametrize("processors", [1, 20, H100])
+def test_no_other_tile_would_take_less_time(no_gpu, monkeypatch, processors):
+    monkeypatch.setattr(cuda, "capability", lambda: 80)
+    tensor = [problem(n, size, c, c_out, 1, kernel, stride, np.float16, tensor=True)
+              for n in (1, 4, 64) for size in (4, 14, 28) for c, c_out in ((16, 256), (512, 256))
+              for kernel, stride in ((1, 1), (1, 2), (3, 1), (3, 2))]
+    assert all(p.tensor for p in tensor)
+    for p in SHAPES + tensor:
+        for make, product in zip(PLANS, products_of(p)):
+            plan = make(p, "implicit_gemm", processors)
+            rows, columns, terms, products, _ = product
+            for tile in cuda.TENSOR_TILES if p.tensor else cuda.TILES:
+                blocks = max(1, -(-rows // tile.m) * -(-columns // tile.n) * products)
+                splits = max(1, min(-(-cuda.BLOCKS_EACH * processors // blocks),
+                                    terms // cuda.TERMS_A_SPLIT, cuda.MAX_SPLITS))
+                time = time_of(p, tile, splits, product, processors)
+                assert time_of(p, plan.tile, plan.splits, product, processors) <= time, (p, tile)
+                assert plan.splits == splits or plan.tile != tile, p
+
+
+def test_which_tiles_a_gpu_has(monkeypatch):
+    """wgmma is sm_90's alone; tensor cores take no float64."""
+    short, tf32 = (problem(1, 8, 16, 16, dtype=d, tensor=True) for d in (np.float16, np.float32))
+    for capability, hopper in ((80, False), (89, False), (90, True), (100, False), (120, False)):
+        monkeypatch.setattr(cuda, "capability", lambda capability=capability: capability)
+        assert cuda.possible_tiles(short) == \
+            cuda.TENSOR_TILES + (cuda.WGMMA_TILES if hopper else ())
+        assert cuda.possible_tiles(short, wgmma=False) == cuda.TENSOR_TILES
+        assert cuda.possible_tiles(tf32) == cuda.TENSOR_TILES
+        assert cuda.possible_tiles(problem(1, 8, 16, 16)) == cuda.TILES
+    double = problem(1, 8, 16, 16, dtype=np.float64, tensor=True)
+    assert not double.tensor
+
+
+def test_a_sum_in_splits_leaves_no_moments(cupy_backend):
+    """A block has a part of it then, which is not the output."""
+    p = problem(1, 4, 64, 8)
+    assert cuda.forward_plan(p).splits > 1
+    x, w = (cupy_backend.asarray(np.ones(shape), np.float32)
+            for shape in ((1, 4, 4, 64), (3, 3, 64, 8)))
+    y, moments = cupy_backend.conv2d_with_moments(x, w, None, p.window, 1, None)
+    assert moments is None
+    assert cupy_backend.to_numpy(y)[0, 1, 1].tolist() == [9 * 64] * 8
 
 
 def test_sums_of_16_bits_are_kept_in_32(no_gpu):
@@ -236,16 +304,18 @@ def test_the_plan_of_the_articles_network(cupy_backend, capsys, monkeypatch):
                        str(plan.splits), f"{plan.splits * 9 * 32 * 32 * 4 / 2**20:.1f}", "MiB"]
     assert sum("weight gradient" in line for line in lines) == 7
     assert sum("input gradient" in line for line in lines) == 6
-    assert rows[-1][0] == "largest"
+    largest = max(float(row[-2]) for row in rows[3:-2] if row[-1] == "MiB")
+    assert rows[-1] == ["largest", f"{largest:.1f}", "MiB"]
 
 
-def test_the_memory_of_im2col_is_that_of_a_block(cupy_backend, monkeypatch):
+@pytest.mark.parametrize(("dtype", "itemsize"), [("float16", 4), ("float32", 4), ("float64", 8)])
+def test_the_memory_of_im2col_is_that_of_a_block(cupy_backend, monkeypatch, dtype, itemsize):
+    """cuBLAS multiplies 16-bit numbers as float32."""
     window = make_window("test", 3, 1, 1, 1, (8, 8))
-    image = 64 * 9 * 6 * 4
+    image = 64 * 9 * 6 * itemsize
     for block, images in ((1 << 30, 5), (2 * image, 2), (1, 1)):
         monkeypatch.setattr(cupy_backend, "block_bytes", block)
-        plans = cupy_backend.conv2d_plan((5, 8, 8, 6), (3, 3, 6, 8), window, 1, np.float32,
-                                         "im2col")
+        plans = cupy_backend.conv2d_plan((5, 8, 8, 6), (3, 3, 6, 8), window, 1, dtype, "im2col")
         assert {p.workspace for p in plans.values()} == {images * image}
 
 

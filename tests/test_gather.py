@@ -10,7 +10,7 @@ import pytest
 
 from gpucnn import use_backend
 from gpucnn.augmentation import CUT, ENTRIES, NO_IMAGE
-from gpucnn.backend import cuda_kernel, make_backend
+from gpucnn.backend import batch_gather, cuda_kernel, make_backend
 from gpucnn.backend.cuda_kernel import Variant, kernel_dir, read_source
 from gpucnn.data import Augmentation, Dataset, Loader, to_float
 from gpucnn.rng import random_words
@@ -110,6 +110,16 @@ def test_a_batch_is_what_a_plain_loop_gives(backend, dtype):
 def test_64_bit_offsets_give_the_same(cupy_backend, monkeypatch):
     monkeypatch.setattr(cuda_kernel, "MAX_INT_INDEX", -1)
     check_everything(cupy_backend)
+
+
+def test_epochs_and_images_of_64_bits_draw_numbers_of_their_own(backend):
+    data, order, augmentation = data_set((9, 16, 16, 3)), np.arange(9), AUGMENTATIONS["all"]
+    got = gather(backend, data, order, 0, 9, augmentation, epoch=-1)  # as int64
+    want = expected(data, order, 0, 9, augmentation, epoch=2**64 - 1)
+    np.testing.assert_array_equal(got[0], want[0])
+    images, epoch = [5, 2**32 + 5, 2**40], 2**40 + 3
+    for image, words in zip(images, batch_gather._draw(np.array(images), epoch, KEY)):
+        np.testing.assert_array_equal(words, random_words(4, KEY, epoch, start=4 * image))
 
 
 def test_each_thread_does_more_than_one_step(cupy_backend, monkeypatch):
@@ -310,6 +320,7 @@ def test_a_loader_stays_on_the_backend_in_use_and_gives_to_float(backend):
 
 def test_a_loader_augments_by_seed_epoch_and_image(backend):
     data, augmentation = data_set((10, 5, 5, 3)), AUGMENTATIONS["all"]
+    data = Dataset(data.images, np.arange(10), tuple("abcdefghij"), "numbered")
     x, y = joined(Loader(data, 4, seed=1, augmentation=augmentation), 2)
     for batch_size in (1, 3, 10, 64):
         again, labels = joined(Loader(data, batch_size, seed=1, augmentation=augmentation), 2)

@@ -1,6 +1,8 @@
 """What every layer promises, from one table: a new layer is one new row."""
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -402,10 +404,28 @@ def test_batch_norm_takes_its_moments_from_the_convolution_before_it(precision, 
         for got, want in zip(running, norm.own_buffers.values()):
             np.testing.assert_allclose(got, backend.to_numpy(want), rtol=1e-5)
         conv.forward(x, training=True)
+        assert conv.output_moments is not None
         norm.make_state(0)
         norm.forward(backend.xp.ones_like(a), training=True)
+        assert conv.output_moments is None  # the memory is free
+        model.forward(x)
+        assert conv.output_moments is None  # nobody asks for them outside training
         np.testing.assert_allclose(backend.to_numpy(norm.own_buffers["running_mean"]), 0.1,
                                    rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [lambda: Conv2D(4, 1), lambda: Conv2D(4, 1, activation="tanh"),
+                                  BatchNorm, lambda: MaxPool2D(1), lambda: Sequential([])],
+                         ids=["conv", "conv with tanh", "norm", "pool", "nothing"])
+def test_what_is_added_has_the_shape_of_the_output(backend, make):
+    layer = make()
+    layer.build((3, 5, 4))
+    x = backend.asarray(np.ones((2, 3, 5, 4)), np.float32)
+    for wrong in (x[:1], x[:, :1], x[..., :1]):  # which NumPy would repeat
+        with pytest.raises(ValueError, match=rf"the output has shape \(2, 3, 5, 4\), what is added "
+                                             rf"to it {re.escape(str(wrong.shape))}; they must be"):
+            layer.forward_added(x, wrong, "relu")
+    assert layer.forward_added(x, x, "relu").shape == x.shape
 
 
 def test_the_plan_of_the_articles_network_on_the_cpu(capsys):

@@ -94,7 +94,7 @@ def test_float32_stays_float32(name, backend):
         assert a.shape == before.shape
 
 
-def test_the_learning_rate_may_change_between_steps():
+def test_the_learning_rate_may_change_between_steps(backend):
     model = make_model()
     optimizer = optim.GradientDescent(model, 1.0)
     model.flat_grad[...] = 1
@@ -102,7 +102,7 @@ def test_the_learning_rate_may_change_between_steps():
     optimizer.step()
     optimizer.learning_rate = 0.25
     optimizer.step()
-    np.testing.assert_allclose(before - model.flat_data, 1.25, rtol=1e-12)
+    np.testing.assert_allclose(backend.to_numpy(before - model.flat_data), 1.25, rtol=1e-12)
 
 
 def everything_of(optimizer):
@@ -198,6 +198,17 @@ def test_clipping_equals_the_reference(size, dtype, backend, rng):
         got_norm, got = gradient_after_clipping(backend, g, limit)
         assert got_norm == pytest.approx(norm, rel=1e-6)
         np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_clipping_forgets_the_loss_scale_and_leaves_it_in_the_gradients(backend):
+    model = make_model(np.float32)
+    model.flat_grad[...] = 0
+    model.flat_grad[:2] = backend.asarray(np.array([3, 4]) * 8, np.float32)
+    optimizer = optim.GradientDescent(model, loss_scale=optim.LossScale(model, 8))
+    assert optimizer.clip_gradients(5) == 5
+    assert backend.to_numpy(model.flat_grad)[:2].tolist() == [24, 32]
+    assert optimizer.clip_gradients(2.5) == 5
+    assert backend.to_numpy(model.flat_grad)[:2].tolist() == [12, 16]
 
 
 def test_clipping_around_the_limit(backend):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gpucnn import optim, reference
-from gpucnn.backend import cuda_kernel
+from gpucnn.backend import cuda_kernel, use_backend
 from gpucnn.backend.cuda_kernel import Variant, kernel_dir, read_source
 from gpucnn.optim import LossScale
 from gpucnn.update import ADAM, DESCENT, MOMENTUM, RMS_PROP
@@ -37,16 +37,16 @@ OPTIMIZERS = {
 }
 
 
-def flat_model(backend, size, dtype=np.float64, *, offset=0):
-    """As much of a model as an optimiser sees; `offset` elements off an aligned address."""
+def flat_model(backend, size, dtype=np.float64, *, offset=(0, 0)):
+    """As much of a model as an optimiser sees; parameters and gradients begin so many elements off
+    an aligned address."""
     rng = np.random.default_rng(size)
-    data, grad = (backend.asarray(rng.standard_normal(size + offset), dtype)[offset:]
-                  for _ in range(2))
+    data, grad = (backend.asarray(rng.standard_normal(size + off), dtype)[off:] for off in offset)
     return SimpleNamespace(backend=backend, built=True, flat_data=data, flat_grad=grad,
                            flat_cast=None, decayed_size=size // 3)
 
 
-def check_updates(backend, names=tuple(OPTIMIZERS), sizes=SIZES, dtype=np.float64, *, offset=0,
+def check_updates(backend, names=tuple(OPTIMIZERS), sizes=SIZES, dtype=np.float64, *, offset=(0, 0),
                   clip_norm=None, scale=None):
     """Three steps of each optimiser against gpucnn.reference.
 
@@ -86,11 +86,20 @@ def test_optimizers(backend, name, dtype):
     check_updates(backend, (name,), dtype=dtype)
 
 
-@pytest.mark.parametrize("options", [{"offset": 1}, {"clip_norm": 3.0}, {"scale": 1024.0},
+@pytest.mark.parametrize("options", [{"offset": (1, 1)}, {"offset": (1, 0)},
+                                     {"offset": (0, 1)}, {"clip_norm": 3.0}, {"scale": 1024.0},
                                      {"clip_norm": 0.5, "scale": 2.0**-3}], ids=str)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_optimizers_off_alignment_clipped_and_scaled(backend, dtype, options):
     check_updates(backend, ("adamw", "nesterov"), dtype=dtype, **options)
+
+
+def test_blocks_on_the_cpu_give_the_same(monkeypatch):
+    """The decayed parameters end inside one."""
+    with use_backend("numpy") as backend:
+        monkeypatch.setattr(backend, "block_bytes", 1000)
+        assert len(backend.blocks(1025, 6 * 8)) > 20
+        check_updates(backend, sizes=(1025,))
 
 
 def test_64_bit_offsets_give_the_same(cupy_backend, monkeypatch):
@@ -146,7 +155,7 @@ def test_half_copies_of_double_weights_are_refused(cupy_backend):
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_copies_in_16_bits(backend, dtype):
     """The copy is the new weights, rounded."""
-    for size, offset in ((1025, 0), (1025, 1), (3, 0)):
+    for size, offset in ((1025, (0, 0)), (1025, (1, 1)), (1025, (0, 1)), (3, (0, 0))):
         model = flat_model(backend, size, np.float32, offset=offset)
         copy = model.flat_cast = backend.asarray(np.zeros(size, dtype))
         optim.Adam(model).step()
