@@ -50,7 +50,7 @@ def test_each_place_named_in_the_article_table_exists(file, name):
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", *(
     f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
 def test_files_and_functions_that_a_document_names_exist(document):
-    """`kernels/x.cu`, `backend/x.py` or a kernel's bare `x.cu`; `module.name` of gpucnn/module.py."""
+    """`kernels/x.cu`, `backend/x.py`, a bare `x.cu`; `module.name` of gpucnn/module.py."""
     text = (ROOT / document).read_text(encoding="utf-8")
     for file in re.findall(r"`([\w/]+\.(?:py|cuh?|md))`", text):
         assert any((ROOT / folder / file).is_file() for folder in
