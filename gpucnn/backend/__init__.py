@@ -48,7 +48,9 @@ class PassPlan(NamedTuple):
 class Backend(Protocol):
     """The ops that have a kernel of ours. All else is `xp` code, which NumPy and CuPy share.
 
-    Arrays are C-contiguous, NHWC, float32 or float64, and already checked: gpucnn.ops does that.
+    Arrays are C-contiguous, NHWC and already checked: gpucnn.ops does that. They are float32 or
+    float64, on a GPU also float16 or bfloat16, whose sums, statistics, biases and gradients of
+    parameters are float32.
     """
 
     @property

@@ -57,7 +57,8 @@ def load_model(path: PathLike, precision: str | None = None) -> tuple[Layer, dic
     """The saved model, built, on the backend in use now; and its metadata.
 
     precision: None for the one it was saved with; on NumPy a model of mixed precision is then
-        built in float32, which its parameters are stored in.
+        built in float32, which its parameters are stored in. Another one must store parameters
+        as that one does: they are not converted.
 
     Raises FileNotFoundError, CheckpointError for damaged or unfitting weights, ModelFormatError
     for a description that cannot be turned into a model, ValueError for a precision that is not

@@ -18,7 +18,7 @@ from gpucnn.backend.cuda_convolution import MAX_SPLITS, Plan, Problem, possible_
 from gpucnn.backend.cuda_kernel import accumulator
 from scripts.gpu.context import Context, Mode
 from scripts.gpu.cudnn import Cudnn
-from scripts.gpu.measure import Call, random_array, relative_error, run_twice, verdict
+from scripts.gpu.measure import Call, Clock, random_array, relative_error, run_twice, verdict
 from scripts.gpu.nets import Convolution, convolutions, distinct, geometric_mean
 from scripts.gpu.report import Job, Row, short
 
@@ -69,9 +69,13 @@ def tensors(xp: Any, conv: Convolution, mode: Mode, seed: int) -> Tensors:
                      for k, (shape, scale) in enumerate(zip(shapes, (1, terms**-0.5, 1)))))
 
 
-def bytes_moved(which: str, t: Tensors) -> int:
-    """At least: each element of what is read and written, once."""
-    return sum(a.nbytes for a in t)
+def further_tensors(clock: Clock, conv: Convolution, mode: Mode, first: Tensors) -> list[Tensors]:
+    """As many more as it takes, with the first, to find none in the cache.
+
+    What a pass reads and writes has the sizes of x, w and dy, whichever pass it is.
+    """
+    count = clock.buffers(sum(a.nbytes for a in first))
+    return [tensors(clock.xp, conv, mode, k) for k in range(1, count)]
 
 
 def jobs(context: Context) -> Iterator[Job]:
@@ -110,13 +114,12 @@ def compare(context: Context, conv: Convolution, which: str, mode: Mode) -> Row:
             wrong = wrong or verdict(error, PEER_SLACK * mode.tolerance, "cuDNN")
             row["error"] = str(error)
         except Exception as e:
-            peer, row["peer"] = None, f"{type(e).__name__}: {e}"
-            row["note"] += f"; cuDNN: {row['peer']}"
+            peer = None
+            note_refusal(row, e)
     del ours
     if wrong:
         return row | {"passed": False, "note": wrong}
-    sets += [tensors(clock.xp, conv, mode, k)
-             for k in range(1, clock.buffers(bytes_moved(which, sets[0])))]
+    sets += further_tensors(clock, conv, mode, sets[0])
     timing = clock.time([partial(run, which, p, plan, t) for t in sets])
     row |= timing.figures() | {"rate": conv.flops / timing.median, "unit": "flops"}
     row |= {"of_limit": context.share_of_matrix_peak(mode, row["rate"]), "passed": True}
@@ -127,9 +130,13 @@ def compare(context: Context, conv: Convolution, which: str, mode: Mode) -> Row:
             row |= {f"other_{name}": value for name, value in other.figures().items()} | {
                     "ratio": other.median / timing.median}
         except Exception as e:
-            row |= {"peer": f"{type(e).__name__}: {e}"}
-            row["note"] += f"; cuDNN: {row['peer']}"
+            note_refusal(row, e)
     return row
+
+
+def note_refusal(row: Row, e: Exception) -> None:
+    row["peer"] = f"{type(e).__name__}: {e}"
+    row["note"] += f"; cuDNN: {row['peer']}"
 
 
 def peer_call(peer: Cudnn, which: str, conv: Convolution, t: Tensors) -> Call:
@@ -178,8 +185,7 @@ def sweep(context: Context, conv: Convolution, which: str, mode: Mode) -> Row:
     most = 2 if context.quick else MAX_SPLITS
     auto = PLANS[which](p)._replace(workspace=0)
     sets = [tensors(clock.xp, conv, mode, 0)]
-    sets += [tensors(clock.xp, conv, mode, k)
-             for k in range(1, clock.buffers(bytes_moved(which, sets[0])))]
+    sets += further_tensors(clock, conv, mode, sets[0])
     expected = run(which, p, auto, sets[0])
     seconds: dict[Plan, float] = {}
     wrong = []

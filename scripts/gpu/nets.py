@@ -60,9 +60,9 @@ class Net(NamedTuple):
 
 NETS = {
     "article": Net(MODELS["article"], (28, 28, 1), 10, 256),
-    "airbench94": Net(MODELS.get("airbench94", airbench94), (32, 32, 3), 10, 1024),
+    "airbench94": Net(airbench94, (32, 32, 3), 10, 1024),
     "resnet18": Net(MODELS["resnet18"], (32, 32, 3), 10, 512),
-    "resnet50": Net(MODELS.get("resnet50", resnet50), (224, 224, 3), 1000, 256),
+    "resnet50": Net(resnet50, (224, 224, 3), 1000, 256),
 }
 
 
