@@ -327,6 +327,15 @@ def test_summary_refuses_them_too(options):
         Conv2D(4).summary(8, **options)
 
 
+@pytest.mark.parametrize("make", [
+    lambda layer: Sequential([Sequential([layer]), Sequential([layer])]),
+    lambda layer: Residual(Sequential([layer]), layer)])
+def test_a_layer_cannot_stand_in_two_places_however_deep(make):
+    """One set of parameters would be left without an array, and a backward pass without x."""
+    with pytest.raises(ValueError, match=r": ReLU stands in it twice; make a second one$"):
+        make(ReLU())
+
+
 def test_a_layer_of_another_model_leaves_no_moments_for_the_norm_it_had(backend):
     conv, norm = Conv2D(4, 3, bias=False), BatchNorm()
     Sequential([conv, norm]).build((5, 5, 3))

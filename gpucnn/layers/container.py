@@ -22,6 +22,7 @@ class Sequential(Layer):
         super().__init__(**options)
         self.layers = list(layers)
         self._children = _name_layers(self, self.layers)
+        _check_each_stands_once(self)
 
     def children(self) -> dict[str, Layer]:
         return self._children
@@ -85,6 +86,7 @@ class Residual(Layer):
         self.body = body
         self.shortcut = shortcut
         self.activation = activation
+        _check_each_stands_once(self)
 
     def children(self) -> dict[str, Layer]:
         return {"body": self.body} | ({"shortcut": self.shortcut} if self.shortcut else {})
@@ -124,6 +126,7 @@ class Concat(Layer):
             raise ValueError(f"{self.where}: needs at least one branch")
         self.branches = list(branches)
         self._children = _name_layers(self, self.branches)
+        _check_each_stands_once(self)
 
     def children(self) -> dict[str, Layer]:
         return self._children
@@ -164,8 +167,6 @@ def _name_layers(parent: Layer, layers: Sequence[Layer]) -> dict[str, Layer]:
         if name in named:
             raise ValueError(f"{parent.where}: two layers are called {name!r}; give each its own "
                              "name")
-        if any(layer is other for other in named.values()):
-            raise ValueError(f"{parent.where}: {name!r} stands in it twice; make a second layer")
         named[name] = layer
     return named
 
@@ -173,6 +174,15 @@ def _name_layers(parent: Layer, layers: Sequence[Layer]) -> dict[str, Layer]:
 def _check_layer(parent: Layer, part: object) -> None:
     if not isinstance(part, Layer):
         raise TypeError(f"{parent.where}: {part!r} is not a layer")
+
+
+def _check_each_stands_once(parent: Layer) -> None:
+    """A layer holds one set of parameters, and what one forward pass saved, however deep it is."""
+    seen: set[Layer] = set()
+    for layer in parent.walk():
+        if layer in seen:
+            raise ValueError(f"{parent.where}: {layer.where} stands in it twice; make a second one")
+        seen.add(layer)
 
 
 def _inside(parent: Layer, name: str) -> str:
