@@ -36,6 +36,8 @@ class LossScale:
 
     value: the scale and the number of good steps since it last changed, two doubles of the model's
     backend, which a training step neither waits for nor copies to the host.
+
+    initial: from 2^-126 to below 2^128. Raises TypeError and ValueError.
     """
 
     def __init__(self, model: Layer, initial: float = 2.0**16, growth_interval: int = 2000):
@@ -63,6 +65,8 @@ class Optimizer:
     loss_scale: what the loss was multiplied with.
 
     In mixed precision a step also writes the model's 16-bit copy of the parameters.
+
+    Raises RuntimeError for a model that is not built, TypeError and ValueError for settings.
 
     An optimiser of one's own defines state_names and update(); on the GPU it runs as array code.
     """

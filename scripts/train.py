@@ -47,8 +47,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="(default: %(default)s)")
     p.add_argument("--learning-rate", type=cli.positive_float, metavar="ETA",
                    help="(default: the optimizer's own)")
-    p.add_argument("--precision", choices=PRECISIONS[:4], default="float32",
-                   help="tf32 and mixed ones need a GPU with tensor cores (default: %(default)s)")
+    p.add_argument("--precision", choices=PRECISIONS, default="float32",
+                   help="of activations and products; the mixed ones need a GPU, and tf32 is "
+                        "float32 where there are no tensor cores (default: %(default)s)")
     p.add_argument("--label-smoothing", type=cli.share, default=0.0, metavar="S",
                    help="share of each label given to all classes (default: %(default)s)")
     p.add_argument("--clip-norm", type=cli.positive_float, metavar="NORM",

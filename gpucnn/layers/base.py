@@ -152,6 +152,9 @@ class Layer:
         `flat_grad`: first those that weight decay applies to, then biases and norms, each at a
         multiple of 8 elements, with zeros between. The same seed gives the same numbers on every
         backend.
+
+        Raises TypeError and ValueError for arguments and for shapes that do not fit, ImportError
+        for bfloat16 without the package ml_dtypes.
         """
         if not is_int(seed):
             raise TypeError(f"{self.where}: seed must be an int, got {seed!r}")
@@ -296,6 +299,9 @@ class Layer:
         plan: print instead by which algorithm, in which tiles and with what memory beside its
             arrays this backend computes each pass of the convolutions and dense layers.
         batch: for how many images.
+
+        Raises TypeError and ValueError for an input_shape or batch that is none, or not the one
+        that the model was built for.
         """
         from gpucnn.layers.summary import plan_table, summary_table
         shape = self._shape_of_input(input_shape)
