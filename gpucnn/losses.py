@@ -1,4 +1,8 @@
-"""Losses. Each holds the 1 / n of its mean; layers never divide by the batch size."""
+"""Losses. Each holds the 1 / n of its mean; layers never divide by the batch size.
+
+loss_scale: what the gradient that a loss gives, and so all gradients, are multiplied with; the loss
+itself is not. Give the optimiser the same one.
+"""
 from __future__ import annotations
 
 import numpy as np
@@ -12,8 +16,6 @@ class SoftmaxCrossEntropy:
     """The mean of -log softmax(logits)[label]: logits (n, classes), integer labels (n,).
 
     label_smoothing: as in gpucnn.ops.softmax_cross_entropy.
-    loss_scale: what dlogits, and so all gradients, are multiplied with; the loss is not. Give the
-        optimiser the same one.
     """
 
     def __init__(self, label_smoothing: float = 0.0, loss_scale: LossScale | None = None):
@@ -38,11 +40,16 @@ class MeanSquaredError:
     float16 is computed in float32; dy is float16 then, and the loss, a square, float32.
     """
 
+    def __init__(self, loss_scale: LossScale | None = None):
+        check_loss_scale(loss_scale)
+        self.loss_scale = loss_scale
+
     def __call__(self, y: Array, t: Array) -> tuple[Array, Array]:
         """(loss, dy). Raises ValueError for other shapes or an empty batch."""
         dtype, y, t = _receive(type(self).__name__, y, t)
         error = y - t
-        return (error * error).mean(), (error * (2 / error.size)).astype(dtype, copy=False)
+        dy = _scaled(error * (2 / error.size), self.loss_scale)
+        return (error * error).mean(), dy.astype(dtype, copy=False)
 
 
 class BinaryCrossEntropy:
@@ -50,6 +57,10 @@ class BinaryCrossEntropy:
 
     z are logits; t are floats in [0, 1] and have the same shape. float16 as in MeanSquaredError.
     """
+
+    def __init__(self, loss_scale: LossScale | None = None):
+        check_loss_scale(loss_scale)
+        self.loss_scale = loss_scale
 
     def __call__(self, z: Array, t: Array) -> tuple[Array, Array]:
         """(loss, dz). Raises ValueError for other shapes, an empty batch or t outside [0, 1]."""
@@ -63,7 +74,12 @@ class BinaryCrossEntropy:
         small = xp.exp(-xp.abs(z))
         loss = (xp.maximum(z, 0) - z * t + xp.log1p(small)).mean()
         sigmoid = xp.where(z >= 0, 1, small) / (1 + small)
-        return loss, ((sigmoid - t) / z.size).astype(dtype, copy=False)
+        dz = _scaled((sigmoid - t) / z.size, self.loss_scale)
+        return loss, dz.astype(dtype, copy=False)
+
+
+def _scaled(dy: Array, scale: LossScale | None) -> Array:
+    return dy if scale is None else dy * scale.value[0].astype(dy.dtype)
 
 
 def _receive(where: str, y: Array, t: Array) -> tuple[np.dtype, Array, Array]:

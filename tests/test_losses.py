@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 from math import log
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from gpucnn.losses import BinaryCrossEntropy, MeanSquaredError, SoftmaxCrossEntropy
+from gpucnn.optim import LossScale
 
 
 def soft_targets(labels, classes, smoothing):
@@ -111,3 +113,18 @@ def test_integer_outputs_are_refused(loss):
     """They would be subtracted as integers, and the targets cut to integers."""
     with pytest.raises(TypeError, match=f"{type(loss).__name__}: outputs is int64; cast it with"):
         loss(np.array([[1, 2]]), np.array([[1.5, 2.5]]))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize(("kind", "targets"), [
+    (SoftmaxCrossEntropy, lambda y: np.arange(len(y)) % 3),
+    (MeanSquaredError, lambda y: np.zeros_like(y)),
+    (BinaryCrossEntropy, lambda y: np.full_like(y, 0.5))])
+def test_a_loss_scale_multiplies_the_gradient_alone(kind, targets, dtype, backend, rng):
+    y = rng.standard_normal((4, 3)).astype(dtype)
+    y, t = backend.asarray(y), backend.asarray(targets(y))
+    scale = LossScale(SimpleNamespace(backend=backend), 8)
+    (loss, dy), (scaled_loss, scaled_dy) = kind()(y, t), kind(loss_scale=scale)(y, t)
+    assert float(scaled_loss) == float(loss)
+    assert scaled_dy.dtype == dy.dtype == dtype
+    np.testing.assert_array_equal(backend.to_numpy(scaled_dy), 8 * backend.to_numpy(dy))

@@ -371,6 +371,8 @@ def test_settings_out_of_range(make, message):
     (lambda m: optim.LossScale(m, "8"), "initial must be a number, got '8'"),
     (lambda m: optim.LossScale(m, growth_interval=1.5), "growth_interval must be an int, got 1.5"),
     (lambda m: optim.Adam(m, loss_scale=8.0), "loss_scale must be an optim.LossScale .* got 8.0"),
+    (lambda m: losses.MeanSquaredError(loss_scale=8.0),
+     "loss_scale must be an optim.LossScale or None, got 8.0"),
     (lambda m: losses.SoftmaxCrossEntropy(loss_scale=8.0),
      "loss_scale must be an optim.LossScale or None, got 8.0"),
 ])

@@ -30,7 +30,7 @@ def train_step(model: Layer, loss: Loss, optimizer: Optimizer, x: Any, t: Any
 
     Raises ValueError where the loss and the optimizer have not the same loss scale.
     """
-    if type(loss) is SoftmaxCrossEntropy and loss.loss_scale is not optimizer.loss_scale:
+    if hasattr(loss, "loss_scale") and loss.loss_scale is not optimizer.loss_scale:
         raise ValueError("the loss and the optimizer have different loss scales; give both the "
                          "same optim.LossScale, or neither")
     with np.errstate(over="ignore", invalid="ignore"):  # the loss shows it
