@@ -45,16 +45,14 @@ extern "C" __global__ void avg_pool_backward(
     const int cv = c / VEC;
     GRID_STRIDE_LOOP(i, (index_t)n * h * w * cv) {
         Place p = place_of(i, h, w, cv);
-        Outputs rows = outputs_over(p.y + top, kh, sh, 1, oh);
-        Outputs columns = outputs_over(p.x + left, kw, sw, 1, ow);
         Sums sum = {};
-        for (int oy = rows.first; oy <= rows.last; ++oy)
-            for (int ox = columns.first; ox <= columns.last; ++ox) {
-                accum_t seen = (accum_t)pixels_seen(oy * sh - top, kh, h)
-                               * pixels_seen(ox * sw - left, kw, w);
-                Scalars g = load(dy, offset_of(p.n, oy, ox, p.c, oh, ow, cv));
-                for (int v = 0; v < VEC; ++v) sum.at[v] += (accum_t)g.at[v] / seen;
-            }
+        for_each_output(p.y, p.x, oh, ow, kh, kw, sh, sw, top, left, 1, 1,
+                        [&](int oy, int ox, int, int) {
+            accum_t seen = (accum_t)pixels_seen(oy * sh - top, kh, h)
+                           * pixels_seen(ox * sw - left, kw, w);
+            Scalars g = load(dy, offset_of(p.n, oy, ox, p.c, oh, ow, cv));
+            for (int v = 0; v < VEC; ++v) sum.at[v] += (accum_t)g.at[v] / seen;
+        });
         store(dx, i, sum);
     }
 }

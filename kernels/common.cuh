@@ -60,8 +60,7 @@ static __device__ index_t offset_of(index_t n, int y, int x, int c, int height, 
 }
 
 // The outputs first..last (along one axis) whose window may cover the pixel that lies `padded`
-// pixels from the start of the padded image. With them the backward passes gather what reaches a
-// pixel instead of scattering into it: no atomics, so the order of every sum is fixed.
+// pixels from the start of the padded image.
 struct Outputs { int first, last; };
 
 static __device__ Outputs outputs_over(int padded, int taps, int stride, int dilation, int out) {
@@ -70,4 +69,23 @@ static __device__ Outputs outputs_over(int padded, int taps, int stride, int dil
     o.first = start <= 0 ? 0 : (start - 1) / stride + 1;  // start / stride, rounded up
     o.last = padded / stride < out ? padded / stride : out - 1;
     return o;
+}
+
+// Calls visit(oy, ox, ky, kx) for each output (oy, ox) that tap (ky, kx) of its window read pixel
+// (y, x) for, in order. With it the backward passes gather what reaches a pixel instead of
+// scattering into it: no atomics, so the order of every sum is fixed.
+template <class Visit>
+static __device__ void for_each_output(int y, int x, int oh, int ow, int kh, int kw, int sh, int sw,
+                                       int top, int left, int dh, int dw, Visit visit) {
+    Outputs rows = outputs_over(y + top, kh, sh, dh, oh);
+    Outputs columns = outputs_over(x + left, kw, sw, dw, ow);
+    for (int oy = rows.first; oy <= rows.last; ++oy) {
+        int ky = y + top - oy * sh;
+        if (ky % dh != 0) continue;
+        for (int ox = columns.first; ox <= columns.last; ++ox) {
+            int kx = x + left - ox * sw;
+            if (kx % dw != 0) continue;
+            visit(oy, ox, ky / dh, kx / dw);
+        }
+    }
 }

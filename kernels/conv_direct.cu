@@ -66,21 +66,13 @@ extern "C" __global__ void conv_depthwise_input_gradient(
     const int cv = c / VEC;
     GRID_STRIDE_LOOP(i, (index_t)n * h * w * cv) {
         Place p = place_of(i, h, w, cv);
-        Outputs rows = outputs_over(p.y + top, kh, sh, dh, oh);
-        Outputs columns = outputs_over(p.x + left, kw, sw, dw, ow);
         Sums sum = {};
-        for (int oy = rows.first; oy <= rows.last; ++oy) {
-            int ky = p.y + top - oy * sh;
-            if (ky % dh != 0) continue;
-            for (int ox = columns.first; ox <= columns.last; ++ox) {
-                int kx = p.x + left - ox * sw;
-                if (kx % dw != 0) continue;
-                Scalars g = load(dy, offset_of(p.n, oy, ox, p.c, oh, ow, cv));
-                Scalars weights = load(filters, offset_of(0, ky / dh, kx / dw, p.c, kh, kw, cv));
-                for (int v = 0; v < VEC; ++v)
-                    sum.at[v] += (accum_t)g.at[v] * (accum_t)weights.at[v];
-            }
-        }
+        for_each_output(p.y, p.x, oh, ow, kh, kw, sh, sw, top, left, dh, dw,
+                        [&](int oy, int ox, int ky, int kx) {
+            Scalars g = load(dy, offset_of(p.n, oy, ox, p.c, oh, ow, cv));
+            Scalars weights = load(filters, offset_of(0, ky, kx, p.c, kh, kw, cv));
+            for (int v = 0; v < VEC; ++v) sum.at[v] += (accum_t)g.at[v] * (accum_t)weights.at[v];
+        });
         store(dx, i, sum);
     }
 }

@@ -62,23 +62,15 @@ extern "C" __global__ void max_pool_backward(
     const int cv = c / VEC;
     GRID_STRIDE_LOOP(i, (index_t)n * h * w * cv) {
         Place p = place_of(i, h, w, cv);
-        Outputs rows = outputs_over(p.y + top, kh, sh, dh, oh);
-        Outputs columns = outputs_over(p.x + left, kw, sw, dw, ow);
         Sums sum = {};
-        for (int oy = rows.first; oy <= rows.last; ++oy) {
-            int ky = p.y + top - oy * sh;
-            if (ky % dh != 0) continue;
-            for (int ox = columns.first; ox <= columns.last; ++ox) {
-                int kx = p.x + left - ox * sw;
-                if (kx % dw != 0) continue;
-                int here = ky / dh * kw + kx / dw;
-                index_t o = offset_of(p.n, oy, ox, p.c, oh, ow, cv);
-                Masks place = load_masks(mask, o);
-                Scalars g = load(dy, o);
-                for (int v = 0; v < VEC; ++v)
-                    if (place.at[v] == here) sum.at[v] += (accum_t)g.at[v];
-            }
-        }
+        for_each_output(p.y, p.x, oh, ow, kh, kw, sh, sw, top, left, dh, dw,
+                        [&](int oy, int ox, int ky, int kx) {
+            index_t o = offset_of(p.n, oy, ox, p.c, oh, ow, cv);
+            Masks place = load_masks(mask, o);
+            Scalars g = load(dy, o);
+            for (int v = 0; v < VEC; ++v)
+                if (place.at[v] == ky * kw + kx) sum.at[v] += (accum_t)g.at[v];
+        });
         store(dx, i, sum);
     }
 }

@@ -142,7 +142,7 @@ BUGS = {
         "lanes are overwritten": ("        __syncthreads();\n    }\n}", "    }\n}"),
         "a term too many is written": ("&& first_term + t < terms)", ")"),
     },
-    ("depthwise", "conv_direct.cu"): {
+    ("depthwise", "common.cuh"): {
         "taps between those of the filter": ("if (kx % dw != 0) continue;", ""),
     },
     ("activation", "activation.cuh"): {
