@@ -31,26 +31,17 @@ static __device__ void multiply_add_present(accum_t (&sums)[SUMS_M][SUMS_N],
 template <bool GRADIENT>
 static __device__ void multiply(const Product& p, const Share& own, int splits, Tiles& tiles,
                                 accum_t (&sums)[SUMS_M][SUMS_N]) {
-    const Axis &v = p.vertical, &h = p.horizontal;
-    const index_t rows = p.rows();
-    const int length = p.length();
-    const int stages = (length + TILE_K - 1) / TILE_K, share = (stages + splits - 1) / splits;
-    const int start = own.split * share, end = min(start + share, stages);
+    const int length = p.length(), taps_x = p.horizontal.taps;
+    const auto [start, end] = stages_of_split(length, own.split, splits);
 
     // This thread's part of A: VEC neighbouring channels of these rows.
     constexpr int PARTS = TILE_K / VEC, A_LOADS = loads_each<VEC, TILE_M * TILE_K>;
     const int a_term = (int)threadIdx.x % PARTS * VEC, a_row = threadIdx.x / PARTS;
-    int top[A_LOADS], left[A_LOADS];
-    index_t image[A_LOADS];
+    Corner corner[A_LOADS];
 #pragma unroll
-    for (int i = 0; i < A_LOADS; ++i) {
-        index_t row = own.first_row + a_row + i * (THREADS / PARTS);
-        index_t line = row / h.outputs;
-        left[i] = (int)(row % h.outputs) * h.stride + h.start;
-        top[i] = (int)(line % v.outputs) * v.stride + v.start;
-        image[i] = row < rows ? line / v.outputs * v.size : -1;
-    }
-    Term term(start * TILE_K + a_term, h.taps, p.terms);
+    for (int i = 0; i < A_LOADS; ++i)
+        corner[i] = p.corner_of(own.first_row + a_row + i * (THREADS / PARTS));
+    Term term(start * TILE_K + a_term, taps_x, p.terms);
 
     // Its part of B: forward, VEC_N neighbouring results of these terms; in the gradient, where
     // the terms lie side by side in w, VEC neighbouring terms of these results.
@@ -64,34 +55,29 @@ static __device__ void multiply(const Product& p, const Share& own, int splits, 
     int b_stage = start;
 
     auto fetch = [&] {
-        bool inside = term.ty < v.taps;
 #pragma unroll
         for (int i = 0; i < A_LOADS; ++i) {
-            int y = top[i] + term.ty * v.step, x = left[i] + term.tx * h.step;
-            bool seen = inside && image[i] >= 0 && y >= 0 && y < v.size && x >= 0 && x < h.size;
-            index_t pixel = (image[i] + y) * h.size + x;
-            a_chunk[i] = seen ? chunk_at<VEC>(p.x, pixel * p.x_channels + own.group * p.terms + term.c)
-                              : zero_chunk<VEC>();
+            index_t place;
+            bool seen = p.sees(corner[i], term, own.group, place);
+            a_chunk[i] = seen ? chunk_at<VEC>(p.x, place) : zero_chunk<VEC>();
             absent[i] = !seen;
         }
-        int tap = (v.first + term.ty * v.every) * p.filter_columns + h.first + term.tx * h.every;
 #pragma unroll
         for (int i = 0; i < B_LOADS; ++i) {
             if (GRADIENT) {
                 int result = own.first_result + b_row + i * (THREADS / COLUMNS);
-                index_t filter = (index_t)tap * p.filter_inputs + result;
-                b_chunk[i] = inside && result < p.results
-                    ? chunk_at<B_VEC>(p.w, filter * p.filter_outputs + own.group * p.terms + term.c)
+                b_chunk[i] = term.ty < p.vertical.taps && result < p.results
+                    ? chunk_at<B_VEC>(p.w, p.gradient_weight(term, own.group, result))
                     : zero_chunk<B_VEC>();
             } else {
                 int k = b_stage * TILE_K + b_row + i * (THREADS / COLUMNS);
                 int result = own.first_result + b_column;
                 b_chunk[i] = k < length && result < p.results
-                    ? chunk_at<B_VEC>(p.w, (index_t)k * p.filter_outputs + own.group * p.results + result)
+                    ? chunk_at<B_VEC>(p.w, p.forward_weight(k, own.group, result))
                     : zero_chunk<B_VEC>();
             }
         }
-        term.advance(TILE_K, h.taps, p.terms);
+        term.advance(TILE_K, taps_x, p.terms);
         ++b_stage;
     };
     auto put = [&](int buffer) {  // returns whether a weight is not finite
@@ -101,8 +87,8 @@ static __device__ void multiply(const Product& p, const Share& own, int splits, 
         for (int i = 0; i < A_LOADS; ++i)
 #pragma unroll
             for (int e = 0; e < VEC; ++e) {
-                accum_t value = GRADIENT ? (absent[i] ? -zero : a_chunk[i].at[e] + zero)  // -0 + 0 is 0
-                                         : (accum_t)a_chunk[i].at[e];
+                accum_t value = a_chunk[i].at[e];
+                if (GRADIENT) value = absent[i] ? -zero : value + zero;  // -0 + 0 is 0
                 tiles.a[buffer][a_term + e][a_row + i * (THREADS / PARTS)] = value;
             }
 #pragma unroll
@@ -189,7 +175,7 @@ static __device__ void convolve(const Product& p, const Share& own, int splits,
     for (int i = 0; i < SUMS_M; ++i) {
         index_t row = own.first_row + tile_row(i);
         if (row >= rows) continue;
-        index_t pixel = p.pixel_of(row);
+        index_t pixel = GRADIENT ? p.gradient_pixel(row) : row;
 #pragma unroll
         for (int j = 0; j < SUMS_N; j += VEC_N) {
             int result = own.first_result + tile_column(j);

@@ -19,26 +19,16 @@ static_assert(B_BYTES >= term_bytes<TILE_N>, "either layout of B fits");
 template <bool GRADIENT>
 static __device__ void multiply(const Product& p, const Share& own, int splits, unsigned memory,
                                 float (&sums)[FRAGMENTS_M][FRAGMENTS_N][4]) {
-    const Axis &v = p.vertical, &h = p.horizontal;
-    const index_t rows = p.rows();
-    const int length = p.length();
-    const int stages = (length + TILE_K - 1) / TILE_K, share = (stages + splits - 1) / splits;
-    const int start = own.split * share, end = min(start + share, stages);
+    const int length = p.length(), taps_x = p.horizontal.taps;
+    const auto [start, end] = stages_of_split(length, own.split, splits);
 
     // This thread copies one piece of k of each of these rows of A ...
     constexpr int ROWS = THREADS / PIECES, A_COPIES = TILE_M / ROWS;
     const int piece = threadIdx.x % PIECES, a_row = threadIdx.x / PIECES;
-    int top[A_COPIES], left[A_COPIES];
-    index_t image[A_COPIES];
+    Corner corner[A_COPIES];
 #pragma unroll
-    for (int i = 0; i < A_COPIES; ++i) {
-        index_t row = own.first_row + a_row + i * ROWS;
-        index_t line = row / h.outputs;
-        left[i] = (int)(row % h.outputs) * h.stride + h.start;
-        top[i] = (int)(line % v.outputs) * v.stride + v.start;
-        image[i] = row < rows ? line / v.outputs * v.size : -1;
-    }
-    Term term(start * TILE_K + piece * PIECE, h.taps, p.terms);
+    for (int i = 0; i < A_COPIES; ++i) corner[i] = p.corner_of(own.first_row + a_row + i * ROWS);
+    Term term(start * TILE_K + piece * PIECE, taps_x, p.terms);
 
     // ... and of B: forward one piece of the results of these terms, else the same terms of results.
     constexpr int COLUMNS = TILE_N / PIECE, K_ROWS = THREADS / COLUMNS;
@@ -48,33 +38,29 @@ static __device__ void multiply(const Product& p, const Share& own, int splits, 
 
     int fetched = start;
     auto fetch = [&](unsigned stage) {
-        const bool inside = term.ty < v.taps;
 #pragma unroll
         for (int i = 0; i < A_COPIES; ++i) {
-            int y = top[i] + term.ty * v.step, x = left[i] + term.tx * h.step;
-            bool seen = inside && image[i] >= 0 && y >= 0 && y < v.size && x >= 0 && x < h.size;
-            index_t place = ((image[i] + y) * h.size + x) * p.x_channels + own.group * p.terms + term.c;
+            index_t place;
+            bool seen = p.sees(corner[i], term, own.group, place);
             start_copy(stage + term_offset(a_row + i * ROWS, piece), p.x + (seen ? place : 0), seen);
         }
         const unsigned b = stage + A_BYTES;
 #pragma unroll
         for (int i = 0; i < B_COPIES; ++i) {
             if (GRADIENT) {
-                int tap = (v.first + term.ty * v.every) * p.filter_columns + h.first + term.tx * h.every;
                 int result = own.first_result + a_row + i * ROWS;
-                bool seen = inside && result < p.results;
-                index_t filter = (index_t)tap * p.filter_inputs + result;
-                index_t place = filter * p.filter_outputs + own.group * p.terms + term.c;
+                bool seen = term.ty < p.vertical.taps && result < p.results;
+                index_t place = p.gradient_weight(term, own.group, result);
                 start_copy(b + term_offset(a_row + i * ROWS, piece), p.w + (seen ? place : 0), seen);
             } else {
                 int row = b_row + i * K_ROWS, k = fetched * TILE_K + row;
                 int result = own.first_result + b_piece * PIECE;
                 bool seen = k < length && result < p.results;
-                index_t place = (index_t)k * p.filter_outputs + own.group * p.results + result;
+                index_t place = p.forward_weight(k, own.group, result);
                 start_copy(b + column_offset<TILE_N>(row, b_piece), p.w + (seen ? place : 0), seen);
             }
         }
-        term.advance(TILE_K, h.taps, p.terms);
+        term.advance(TILE_K, taps_x, p.terms);
         ++fetched;
     };
 
@@ -175,7 +161,8 @@ static __device__ void convolve(const Product& p, const Share& own, int splits, 
             if (row >= rows || result >= p.results) continue;
             float* sum = corner + u / ROW_PIECES * PITCH + column;
             int channel = own.group * p.results + result;
-            index_t place = p.pixel_of(row) * p.y_channels + channel;
+            index_t pixel = GRADIENT ? p.gradient_pixel(row) : row;
+            index_t place = pixel * p.y_channels + channel;
             if (partial) {
 #pragma unroll
                 for (int e = 0; e < PIECE; ++e) partial[place + e] = sum[e];

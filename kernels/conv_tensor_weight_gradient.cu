@@ -22,20 +22,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_EACH) conv_tensor_w
     extern __shared__ __align__(128) unsigned char raw[];
     unsigned char* memory = raw + (-(int)shared_address(raw) & (ALIGNMENT - 1));
     const int inputs = c / groups, outputs = c_out / groups, terms = kh * kw * inputs;
-    int block = blockIdx.x;
-    const int columns = (outputs + TILE_N - 1) / TILE_N, rows = (terms + TILE_M - 1) / TILE_M;
-    const int first_output = block % columns * TILE_N;  block /= columns;
-    const int first_term = block % rows * TILE_M;       block /= rows;
-    const int group = block % groups, split = block / groups;
-    const index_t pixels = (index_t)n * oh * ow, stages = (pixels + TILE_K - 1) / TILE_K;
-    const index_t share = (stages + splits - 1) / splits, start = split * share;
-    const index_t end = start + share < stages ? start + share : stages;
+    const WeightShare own = weight_share_of_block(outputs, terms, groups);
+    const index_t pixels = (index_t)n * oh * ow;
+    const auto [start, end] = stages_of_split(pixels, own.split, splits);
 
     // This thread copies one piece of the channels under one tap of each of these pixels of A ...
     constexpr int A_COLUMNS = TILE_M / PIECE, A_ROWS = THREADS / A_COLUMNS;
     constexpr int A_COPIES = TILE_K / A_ROWS;
     const int a_piece = threadIdx.x % A_COLUMNS, a_row = threadIdx.x / A_COLUMNS;
-    const int term = first_term + a_piece * PIECE, channel = group * inputs + term % inputs;
+    const int term = own.first_term + a_piece * PIECE, channel = own.group * inputs + term % inputs;
     const int from_y = term / inputs / kw * dh - top, from_x = term / inputs % kw * dw - left;
     Pixel pixel[A_COPIES];
 #pragma unroll
@@ -45,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_EACH) conv_tensor_w
     constexpr int B_COLUMNS = TILE_N / PIECE, B_ROWS = THREADS / B_COLUMNS;
     constexpr int B_COPIES = TILE_K / B_ROWS;
     const int b_piece = threadIdx.x % B_COLUMNS, b_row = threadIdx.x / B_COLUMNS;
-    const int output = first_output + b_piece * PIECE;
+    const int output = own.first_output + b_piece * PIECE;
     index_t b_pixel = start * TILE_K + b_row;
     static_assert(TILE_K % A_ROWS == 0 && TILE_K % B_ROWS == 0, "whole rows are copied");
 
@@ -63,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_EACH) conv_tensor_w
         for (int i = 0; i < B_COPIES; ++i) {
             index_t m = b_pixel + i * B_ROWS;
             bool seen = m < pixels && output < outputs;
-            index_t place = m * c_out + group * outputs + output;
+            index_t place = m * c_out + own.group * outputs + output;
             start_copy(a + A_BYTES + column_offset<TILE_N>(b_row + i * B_ROWS, b_piece),
                        dz + (seen ? place : 0), seen);
         }
@@ -81,9 +76,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_EACH) conv_tensor_w
         for (int j = 0; j < FRAGMENTS_N; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                int k = first_term + fragment_row(i) + lane / 4 + e / 2 * 8;
-                int o = first_output + first_column() + j * 8 + lane % 4 * 2 + e % 2;
+                int k = own.first_term + fragment_row(i) + lane / 4 + e / 2 * 8;
+                int o = own.first_output + first_column() + j * 8 + lane % 4 * 2 + e % 2;
                 if (k < terms && o < outputs)
-                    slabs[((index_t)split * terms + k) * c_out + group * outputs + o] = sums[i][j][e];
+                    slabs[((index_t)own.split * terms + k) * c_out + own.group * outputs + o] = sums[i][j][e];
             }
 }

@@ -18,19 +18,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_weight_gradie
 {
     __shared__ Tiles tiles;
     const int inputs = c / groups, outputs = c_out / groups, terms = kh * kw * inputs;
-    int block = blockIdx.x;
-    const int columns = (outputs + TILE_N - 1) / TILE_N, rows = (terms + TILE_M - 1) / TILE_M;
-    const int first_output = block % columns * TILE_N;  block /= columns;
-    const int first_term = block % rows * TILE_M;       block /= rows;
-    const int group = block % groups, split = block / groups;
-    const index_t pixels = (index_t)n * oh * ow, stages = (pixels + TILE_K - 1) / TILE_K;
-    const index_t share = (stages + splits - 1) / splits, start = split * share;
-    const index_t end = start + share < stages ? start + share : stages;
+    const WeightShare own = weight_share_of_block(outputs, terms, groups);
+    const index_t pixels = (index_t)n * oh * ow;
+    const auto [start, end] = stages_of_split(pixels, own.split, splits);
 
     // This thread's part of A: VEC neighbouring channels under one tap, of these pixels.
     constexpr int A_COLUMNS = TILE_M / VEC, A_LOADS = loads_each<VEC, TILE_M * TILE_K>;
     const int a_column = (int)threadIdx.x % A_COLUMNS * VEC, a_row = threadIdx.x / A_COLUMNS;
-    const int term = first_term + a_column, channel = group * inputs + term % inputs;
+    const int term = own.first_term + a_column, channel = own.group * inputs + term % inputs;
     const int from_y = term / inputs / kw * dh - top, from_x = term / inputs % kw * dw - left;
     Pixel pixel[A_LOADS];
 #pragma unroll
@@ -40,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_weight_gradie
     // Its part of B: VEC_N neighbouring outputs of these pixels.
     constexpr int B_COLUMNS = TILE_N / VEC_N, B_LOADS = loads_each<VEC_N, TILE_N * TILE_K>;
     const int b_column = (int)threadIdx.x % B_COLUMNS * VEC_N, b_row = threadIdx.x / B_COLUMNS;
-    const int output = first_output + b_column;
+    const int output = own.first_output + b_column;
     index_t b_pixel = start * TILE_K + b_row;
     static_assert(THREADS % A_COLUMNS == 0 && THREADS % B_COLUMNS == 0, "whole rows are read");
 
@@ -59,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_weight_gradie
         for (int i = 0; i < B_LOADS; ++i) {
             index_t m = b_pixel + i * (THREADS / B_COLUMNS);
             bool seen = m < pixels && output < outputs;
-            b_chunk[i] = seen ? chunk_at<VEC_N>(dz, m * c_out + group * outputs + output)
+            b_chunk[i] = seen ? chunk_at<VEC_N>(dz, m * c_out + own.group * outputs + output)
                               : zero_chunk<VEC_N>();
         }
         b_pixel += TILE_K;
@@ -95,8 +90,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_weight_gradie
     for (int i = 0; i < SUMS_M; ++i)
 #pragma unroll
         for (int j = 0; j < SUMS_N; ++j) {
-            int k = first_term + tile_row(i), o = first_output + tile_column(j);
+            int k = own.first_term + tile_row(i), o = own.first_output + tile_column(j);
             if (k < terms && o < outputs)
-                slabs[((index_t)split * terms + k) * c_out + group * outputs + o] = sums[i][j];
+                slabs[((index_t)own.split * terms + k) * c_out + own.group * outputs + o] = sums[i][j];
         }
 }

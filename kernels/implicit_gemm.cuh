@@ -59,6 +59,32 @@ static __device__ Axis gradient_axis(int phase, int size, int outputs, int taps,
     return a;
 }
 
+// Position k = (ty * taps_x + tx) * channels + c in the sum.
+struct Term {
+    int ty, tx, c;
+
+    __device__ Term(int k, int taps_x, int channels) {
+        c = k % channels;
+        k /= channels;
+        tx = taps_x > 0 ? k % taps_x : 0;
+        ty = taps_x > 0 ? k / taps_x : 0;
+    }
+    __device__ void advance(int by, int taps_x, int channels) {
+        c += by;
+        while (c >= channels) {
+            c -= channels;
+            if (++tx == taps_x) {
+                tx = 0;
+                ++ty;
+            }
+        }
+    }
+};
+
+// Where the pixels that row m of X holds begin: at (top, left) of an image that begins `lines` rows
+// of pixels into x. lines is -1 where there is no row m.
+struct Corner { int top, left; index_t lines; };
+
 // The tensors of one product, in the terms of the forward pass or of the gradient.
 struct Product {
     const scalar_t *x, *w;
@@ -73,8 +99,31 @@ struct Product {
     }
     __device__ int length() const { return vertical.taps * horizontal.taps * terms; }
 
-    // The pixel of y that row m is, counted through all images.
-    __device__ index_t pixel_of(index_t row) const {
+    __device__ Corner corner_of(index_t row) const {
+        index_t line = row / horizontal.outputs;
+        return {(int)(line % vertical.outputs) * vertical.stride + vertical.start,
+                (int)(row % horizontal.outputs) * horizontal.stride + horizontal.start,
+                row < rows() ? line / vertical.outputs * vertical.size : -1};
+    }
+    // Whether there is a pixel for this term of the row that begins there. place: of its channel.
+    __device__ bool sees(const Corner& from, const Term& t, int group, index_t& place) const {
+        int y = from.top + t.ty * vertical.step, x = from.left + t.tx * horizontal.step;
+        place = ((from.lines + y) * horizontal.size + x) * x_channels + group * terms + t.c;
+        return t.ty < vertical.taps && from.lines >= 0 && y >= 0 && y < vertical.size && x >= 0
+               && x < horizontal.size;
+    }
+    // The places in w of W[k][result] and V[k][result].
+    __device__ index_t forward_weight(int k, int group, int result) const {
+        return (index_t)k * filter_outputs + group * results + result;
+    }
+    __device__ index_t gradient_weight(const Term& k, int group, int result) const {
+        int ky = vertical.first + k.ty * vertical.every;
+        int kx = horizontal.first + k.tx * horizontal.every;
+        return ((index_t)(ky * filter_columns + kx) * filter_inputs + result) * filter_outputs
+               + group * terms + k.c;
+    }
+    // The pixel of y that row m is in the gradient, counted through all images. Forward it is m.
+    __device__ index_t gradient_pixel(index_t row) const {
         index_t line = row / horizontal.outputs, image = line / vertical.outputs;
         int y = (int)(line % vertical.outputs) * vertical.spacing + vertical.offset;
         int x = (int)(row % horizontal.outputs) * horizontal.spacing + horizontal.offset;
@@ -103,27 +152,34 @@ static __device__ Product gradient_product(
             c, c / groups, kw, c / groups, c_out};
 }
 
-// Position k = (ty * taps_x + tx) * channels + c in the sum.
-struct Term {
-    int ty, tx, c;
+// What one block computes: a tile of one group of one phase, summed over one of the splits of k.
+// Results vary fastest among blocks, so that those which read the same pixels run together; then
+// splits, groups, phases, and rows.
+struct Share { int first_result, split, group, phase; index_t first_row; };
 
-    __device__ Term(int k, int taps_x, int channels) {
-        c = k % channels;
-        k /= channels;
-        tx = taps_x > 0 ? k % taps_x : 0;
-        ty = taps_x > 0 ? k / taps_x : 0;
-    }
-    __device__ void advance(int by, int taps_x, int channels) {
-        c += by;
-        while (c >= channels) {
-            c -= channels;
-            if (++tx == taps_x) {
-                tx = 0;
-                ++ty;
-            }
-        }
-    }
-};
+static __device__ Share share_of_block(int results, int splits, int groups, int phases) {
+    const int columns = (results + TILE_N - 1) / TILE_N;
+    int block = blockIdx.x;
+    Share s;
+    s.first_result = block % columns * TILE_N;  block /= columns;
+    s.split = block % splits;                   block /= splits;
+    s.group = block % groups;                   block /= groups;
+    s.phase = block % phases;
+    s.first_row = (index_t)(block / phases) * TILE_M;
+    return s;
+}
+
+// The stages of a sum, TILE_K terms each, of which a split adds those from start to end - 1.
+template <class T> struct Stages { T start, end; };
+
+template <class T>
+static __device__ Stages<T> stages_of_split(T length, int split, int splits) {
+    const T stages = (length + TILE_K - 1) / TILE_K, share = (stages + splits - 1) / splits;
+    const T start = split * share;
+    return {start, min(start + share, stages)};
+}
+
+// ---- the weight gradient, dw[k][o] = sum over m of X[m][k] dz[m][o] -----------------------------
 
 // Output pixel number m = (image * oh + y) * ow + x.
 struct Pixel {
@@ -147,19 +203,17 @@ struct Pixel {
     }
 };
 
-// What one block computes: a tile of one group of one phase, summed over one of the splits of k.
-// Results vary fastest among blocks, so that those which read the same pixels run together; then
-// splits, groups, phases, and rows.
-struct Share { int first_result, split, group, phase; index_t first_row; };
+// What one block computes: a tile of dw of one group, summed over one of the splits of m. Outputs
+// vary fastest among blocks.
+struct WeightShare { int first_output, first_term, group, split; };
 
-static __device__ Share share_of_block(int results, int splits, int groups, int phases) {
-    const int columns = (results + TILE_N - 1) / TILE_N;
+static __device__ WeightShare weight_share_of_block(int outputs, int terms, int groups) {
+    const int columns = (outputs + TILE_N - 1) / TILE_N, rows = (terms + TILE_M - 1) / TILE_M;
     int block = blockIdx.x;
-    Share s;
-    s.first_result = block % columns * TILE_N;  block /= columns;
-    s.split = block % splits;                   block /= splits;
-    s.group = block % groups;                   block /= groups;
-    s.phase = block % phases;
-    s.first_row = (index_t)(block / phases) * TILE_M;
+    WeightShare s;
+    s.first_output = block % columns * TILE_N;  block /= columns;
+    s.first_term = block % rows * TILE_M;       block /= rows;
+    s.group = block % groups;
+    s.split = block / groups;
     return s;
 }

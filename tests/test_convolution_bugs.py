@@ -68,17 +68,17 @@ BUGS = {
         "rows past the end are written": ("if (row >= rows) continue;", ""),
         "columns past the end are written": (
             "if (result >= p.results) continue;\n            int channel", "int channel"),
-        "a pixel above the image is read": ("y >= 0 &&", "y >= -1 &&"),
-        "a pixel right of the image is read": ("x < h.size;", "x <= h.size;"),
-        "each group reads the first one's pixels": (
-            "pixel * p.x_channels + own.group * p.terms + term.c", "pixel * p.x_channels + term.c"),
-        "each group has the first one's filters": (
-            "p.filter_outputs + own.group * p.results + result", "p.filter_outputs + result"),
         "the bias is the group's first": ("bias, channel + e,", "bias, own.group * p.results,"),
     },
     ("forward", "implicit_gemm.cuh"): {
         "a term is not carried over to the next row of taps": (
             "if (++tx == taps_x)", "if (++tx > taps_x)"),
+        "a pixel above the image is read": ("y >= 0 &&", "y >= -1 &&"),
+        "a pixel right of the image is read": ("x < horizontal.size;", "x <= horizontal.size;"),
+        "each group reads the first one's pixels": (
+            "x_channels + group * terms + t.c", "x_channels + t.c"),
+        "each group has the first one's filters": (
+            "filter_outputs + group * results + result", "filter_outputs + result"),
     },
     ("moments", "conv_gemm.cu"): {
         "moments count the rows past the end": ("if (tile_row(i) < rows) sum +=", "sum +="),
@@ -90,8 +90,10 @@ BUGS = {
             "z += (accum_t)residual[place]", "z -= (accum_t)residual[place]"),
         "the slope is 1": ("(accum_t)0.01", "(accum_t)1"),
     },
-    ("forward, split", "conv_gemm.cu"): {
+    ("forward, split", "implicit_gemm.cuh"): {
         "the last stages are in no split": ("(stages + splits - 1) / splits", "stages / splits"),
+    },
+    ("forward, split", "conv_gemm.cu"): {
         "slabs overlap": ("p.y_width * p.y_channels);", "p.y_width * p.y_channels - 1);"),
     },
     ("forward, split", "finish_splits.cu"): {
@@ -109,14 +111,13 @@ BUGS = {
         "outputs are walked the wrong way": ("a.step = -(", "a.step = ("),
     },
     ("input gradient", "conv_gemm.cu"): {
-        "taps past the last are weighed": ("bool inside = term.ty < v.taps", "bool inside = true"),
+        "taps past the last are weighed": ("term.ty < p.vertical.taps && ", ""),
         "weights are stored by row": (
             "tiles.b[buffer][column][row]", "tiles.b[buffer][row % TILE_K][column]"),
     },
     ("odd weight", "conv_gemm.cu"): {
         "an absent output counts as 0": ("absent[i] ? -zero", "absent[i] ? zero"),
-        "an output of -0 counts as absent": (
-            "a_chunk[i].at[e] + zero)", "(accum_t)a_chunk[i].at[e])"),
+        "an output of -0 counts as absent": ("-zero : value + zero;", "-zero : value;"),
         "nobody looks for odd weights": ("odd |= weight - weight != 0;", ""),
     },
     ("weight gradient", "implicit_gemm.cuh"): {
@@ -125,8 +126,10 @@ BUGS = {
     },
     ("weight gradient", "conv_weight_gradient.cu"): {
         "pixels below the image are read": ("iy < h &&", "iy <= h &&"),
-        "dz of the first group": ("m * c_out + group * outputs + output", "m * c_out + output"),
-        "both splits write one slab": ("((index_t)split * terms + k)", "((index_t)0 * terms + k)"),
+        "dz of the first group": (
+            "m * c_out + own.group * outputs + output", "m * c_out + output"),
+        "both splits write one slab": (
+            "((index_t)own.split * terms + k)", "((index_t)0 * terms + k)"),
     },
     ("weight gradient", "sum_splits.cu"): {
         "the first slab alone is the sum": ("int s = 1", "int s = 2"),

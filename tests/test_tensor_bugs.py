@@ -68,14 +68,14 @@ BUGS = {
         TENSOR, "bool seen = k < length && result < p.results;", "bool seen = result < p.results;",
         FAULT, "y", FLOAT16),
     "dx: taps past the last are read": Bug(
-        TENSOR, "const bool inside = term.ty < v.taps;", "const bool inside = true;",
+        TENSOR, "term.ty < p.vertical.taps && ", "",
         FAULT, "dx", FLOAT16, shape=STRIDED),
     "dw: pixels past the last are read": Bug(
         WEIGHTS, "bool seen = m < pixels && output < outputs;", "bool seen = output < outputs;",
         FAULT, "dw", FLOAT16),
     "the tail of k is left out": Bug(
-        TENSOR, "const int stages = (length + TILE_K - 1) / TILE_K",
-        "const int stages = length / TILE_K", WRONG, "y", FLOAT16),
+        GEMM, "const T stages = (length + TILE_K - 1) / TILE_K",
+        "const T stages = length / TILE_K", WRONG, "y", FLOAT16),
     "a wait for one group too few": Bug(
         TILE, "wait_for_copies<STAGES - 2>();", "wait_for_copies<STAGES - 1>();",
         FAULT, "y", FLOAT16),
@@ -112,7 +112,7 @@ BUGS = {
     "padding is not zero": Bug(
         PTX, "int bytes = present ? 16 : 0;", "int bytes = 16;", WRONG, "y", FLOAT16),
     "y: the padding begins a column late": Bug(
-        TENSOR, "y < v.size && x >= 0 && x < h.size", "y < v.size && x >= 0 && x <= h.size",
+        GEMM, "x < horizontal.size;", "x <= horizontal.size;",
         FAULT, "y", FLOAT16),
     "dw: the padding ends a row early": Bug(
         WEIGHTS, "iy >= 0 && iy < h", "iy > 0 && iy < h", WRONG, "dw", FLOAT32),
@@ -123,8 +123,8 @@ BUGS = {
         GEMM, "a.start = (phase + pad - first * dilation) / stride;",
         "a.start = (pad - first * dilation) / stride;", WRONG, "dx", FLOAT16, shape=STRIDED),
     "the gradient takes the taps of another phase": Bug(
-        TENSOR, "(v.first + term.ty * v.every) * p.filter_columns",
-        "(term.ty * v.every) * p.filter_columns", WRONG, "dx", FLOAT32, shape=STRIDED),
+        GEMM, "int ky = vertical.first + k.ty", "int ky = k.ty",
+        WRONG, "dx", FLOAT32, shape=STRIDED),
     "tf32 is cut off instead of rounded": Bug(
         TILE, "b[e / 4][e % 4] = round_to_tf32(b[e / 4][e % 4]);", ";", WRONG, "y", FLOAT32),
     "a corner is read before it is written": Bug(
@@ -141,16 +141,17 @@ BUGS = {
     "y: splits write the same slab": Bug(
         TENSOR, "partial += own.split * (", "partial += 0 * (", FAULT, "y", FLOAT16, splits=2),
     "dw: the slabs overlap": Bug(
-        WEIGHTS, "slabs[((index_t)split * terms + k)", "slabs[((index_t)split * (terms - 1) + k)",
+        WEIGHTS, "slabs[((index_t)own.split * terms + k)",
+        "slabs[((index_t)own.split * (terms - 1) + k)",
         FAULT, "dw", FLOAT32, splits=2),
     "y: a split ends where the next but one begins": Bug(
-        TENSOR, "end = min(start + share, stages)", "end = min(start + share + 1, stages)",
+        GEMM, "min(start + share, stages)", "min(start + share + 1, stages)",
         WRONG, "y", FLOAT16, splits=2),
     "x is read from the first group": Bug(
-        TENSOR, "p.x_channels + own.group * p.terms + term.c", "p.x_channels + term.c",
+        GEMM, "x_channels + group * terms + t.c", "x_channels + t.c",
         WRONG, "y", FLOAT16),
     "dw: x is read from the first group": Bug(
-        WEIGHTS, "channel = group * inputs + term % inputs", "channel = term % inputs",
+        WEIGHTS, "channel = own.group * inputs + term % inputs", "channel = term % inputs",
         WRONG, "dw", BFLOAT16),
     "the bias of the first channel of a piece": Bug(
         TENSOR, "finish(sum[e], bias, channel + e,", "finish(sum[e], bias, channel,",
