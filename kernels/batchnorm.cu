@@ -10,6 +10,8 @@
 // one pass over the elements. `partial` holds two sums for each block and channel: (bands, 2, c).
 // All merging is in an order that depends on the shape alone: no atomics, so always the same bits.
 
+#include "moments.cuh"
+
 #define THREADS 256  // of a block
 
 // A block works on a band of rows and up to `width` columns of VEC channels: its thread t on column
@@ -28,14 +30,16 @@ static __device__ Tile tile_of(index_t rows, int columns, index_t band, int widt
     return t;
 }
 
-// What each thread has `mine`, merged over the threads of a column: in shared[column].
+// Merges what each thread has `mine` over the threads of a column, for one of them, which has it all
+// in shared[threadIdx.x] then: whether that is this one.
 template <class T>
-static __device__ void merge_threads(T* shared, const T& mine, int width) {
+static __device__ bool merge_threads(T* shared, const T& mine, const Tile& t, int width) {
     shared[threadIdx.x] = mine;
     for (int half = THREADS / 2; half >= width; half /= 2) {
         __syncthreads();
         if (threadIdx.x < half) shared[threadIdx.x].merge(shared[threadIdx.x + half]);
     }
+    return t.inside && threadIdx.x < width;
 }
 
 static __device__ Sums load_sums(const accum_t* p, index_t i) {
@@ -47,10 +51,14 @@ static __device__ void store_sums(accum_t* p, index_t i, const Sums& s) {
     for (int v = 0; v < VEC; ++v) p[i * VEC + v] = s.at[v];
 }
 
+// Where the first (0) or the second (1) of a band's two sums of a column lies in partial.
+static __device__ index_t in_partial(index_t band, int which, int columns, int column) {
+    return (band * 2 + which) * columns + column;
+}
+
 // ---- the statistics of a batch ------------------------------------------------------------------
 
-// How many values, their mean, and the sum of squared differences from it: as exact as a second
-// pass with the mean at hand, where the sum of squares less the square of the sum would cancel.
+// How many values, and their moments.
 struct Moments {
     accum_t count;
     Sums mean, m2;
@@ -66,17 +74,12 @@ struct Moments {
         }
     }
 
-    // The values of another one (Chan, Golub and LeVeque 1983).
     __device__ void merge(const Moments& other) {
         if (other.count == 0) return;
-        accum_t before = count;
+        accum_t share = other.count / (count + other.count);
+        for (int v = 0; v < VEC; ++v)
+            merge_moments(mean.at[v], m2.at[v], count, share, other.mean.at[v], other.m2.at[v]);
         count += other.count;
-        accum_t share = other.count / count;
-        for (int v = 0; v < VEC; ++v) {
-            accum_t d = other.mean.at[v] - mean.at[v];
-            mean.at[v] += d * share;
-            m2.at[v] += other.m2.at[v] + d * (before * share) * d;  // 0 where before is 0
-        }
     }
 };
 
@@ -94,12 +97,9 @@ extern "C" __global__ void batch_norm_moments(
             mine.add(load(x, row * cv + t.column));
     }
     __shared__ Moments shared[THREADS];
-    merge_threads(shared, mine, width);
-    if (t.inside && threadIdx.x < width) {
-        store_sums(partial, (index_t)blockIdx.y * 2 * cv + t.column, shared[threadIdx.x].mean);
-        store_sums(partial, ((index_t)blockIdx.y * 2 + 1) * cv + t.column,
-                   shared[threadIdx.x].m2);
-    }
+    if (!merge_threads(shared, mine, t, width)) return;
+    store_sums(partial, in_partial(blockIdx.y, 0, cv, t.column), shared[threadIdx.x].mean);
+    store_sums(partial, in_partial(blockIdx.y, 1, cv, t.column), shared[threadIdx.x].m2);
 }
 
 // mean and var (biased, divided by rows) from the bands' moments; the running ones follow them by
@@ -117,13 +117,12 @@ extern "C" __global__ void batch_norm_merge_moments(
             index_t start = i * band;
             Moments of_band;
             of_band.count = rows - start < band ? rows - start : band;
-            of_band.mean = load_sums(partial, i * 2 * cv + t.column);
-            of_band.m2 = load_sums(partial, (i * 2 + 1) * cv + t.column);
+            of_band.mean = load_sums(partial, in_partial(i, 0, cv, t.column));
+            of_band.m2 = load_sums(partial, in_partial(i, 1, cv, t.column));
             mine.merge(of_band);
         }
     __shared__ Moments shared[THREADS];
-    merge_threads(shared, mine, width);
-    if (!t.inside || threadIdx.x >= width) return;
+    if (!merge_threads(shared, mine, t, width)) return;
     const Moments& all = shared[threadIdx.x];
     for (int v = 0; v < VEC; ++v) {
         int channel = t.column * VEC + v;
@@ -232,12 +231,9 @@ extern "C" __global__ void batch_norm_sums(
         }
     }
     __shared__ Gradients shared[THREADS];
-    merge_threads(shared, mine, width);
-    if (t.inside && threadIdx.x < width) {
-        store_sums(partial, (index_t)blockIdx.y * 2 * cv + t.column, shared[threadIdx.x].dbeta);
-        store_sums(partial, ((index_t)blockIdx.y * 2 + 1) * cv + t.column,
-                   shared[threadIdx.x].dgamma);
-    }
+    if (!merge_threads(shared, mine, t, width)) return;
+    store_sums(partial, in_partial(blockIdx.y, 0, cv, t.column), shared[threadIdx.x].dbeta);
+    store_sums(partial, in_partial(blockIdx.y, 1, cv, t.column), shared[threadIdx.x].dgamma);
 }
 
 // dbeta and dgamma from the bands' parts; of no bands, 0.
@@ -250,13 +246,12 @@ extern "C" __global__ void batch_norm_merge_sums(
     Gradients mine = {};
     if (t.inside)
         for (index_t i = t.row; i < t.end; i += t.step) {
-            Gradients of_band = {load_sums(partial, i * 2 * cv + t.column),
-                                 load_sums(partial, (i * 2 + 1) * cv + t.column)};
+            Gradients of_band = {load_sums(partial, in_partial(i, 0, cv, t.column)),
+                                 load_sums(partial, in_partial(i, 1, cv, t.column))};
             mine.merge(of_band);
         }
     __shared__ Gradients shared[THREADS];
-    merge_threads(shared, mine, width);
-    if (!t.inside || threadIdx.x >= width) return;
+    if (!merge_threads(shared, mine, t, width)) return;
     store_sums(dbeta, t.column, shared[threadIdx.x].dbeta);
     store_sums(dgamma, t.column, shared[threadIdx.x].dgamma);
 }

@@ -12,6 +12,7 @@
 #endif
 #include "activation.cuh"
 #include "implicit_gemm.cuh"
+#include "moments.cuh"
 
 constexpr int A_BYTES = term_bytes<TILE_M>, B_BYTES = column_bytes<TILE_N>;
 static_assert(B_BYTES >= term_bytes<TILE_N>, "either layout of B fits");
@@ -69,16 +70,17 @@ static __device__ void multiply(const Product& p, const Share& own, int splits, 
     }, sums);
 }
 
-// The moments of a warp's columns, as in batchnorm.cu: lane l has columns l, l + 32, ...
+// The moments of a warp's columns: lane l has columns l, l + 32, ...
 struct Moments {
-    float count, mean[(WARP_N + 31) / 32], m2[(WARP_N + 31) / 32];
+    static constexpr int EACH = (WARP_N + 31) / 32;
+    float count, mean[EACH], m2[EACH];
 
     // Adds `rows` rows of outputs that lie in shared memory.
     __device__ void add(const float* outputs, int pitch, int rows) {
         if (rows <= 0) return;
         const float share = rows / (count + rows);
 #pragma unroll
-        for (int j = 0; j < (WARP_N + 31) / 32; ++j) {
+        for (int j = 0; j < EACH; ++j) {
             int column = threadIdx.x % 32 + j * 32;
             if (column >= WARP_N) continue;
             float sum = 0, squares = 0;
@@ -88,9 +90,7 @@ struct Moments {
                 float d = outputs[r * pitch + column] - own;
                 squares += d * d;
             }
-            const float d = own - mean[j];
-            mean[j] += d * share;
-            m2[j] += squares + d * (count * share) * d;
+            merge_moments(mean[j], m2[j], count, share, own, squares);
         }
         count += rows;
     }
@@ -104,7 +104,7 @@ static __device__ void write_moments(const Product& p, const Share& own, const M
     __syncthreads();
     if (lane == 0) shared[warp] = mine.count;
 #pragma unroll
-    for (int j = 0; j < (WARP_N + 31) / 32; ++j) {
+    for (int j = 0; j < Moments::EACH; ++j) {
         if (lane + j * 32 >= WARP_N) continue;
         shared[WARPS + warp * WARP_N + lane + j * 32] = mine.mean[j];
         shared[WARPS * (1 + WARP_N) + warp * WARP_N + lane + j * 32] = mine.m2[j];
@@ -117,9 +117,8 @@ static __device__ void write_moments(const Product& p, const Share& own, const M
             const float more = shared[w];
             if (more == 0) continue;
             const int at = WARPS + w * WARP_N + column % WARP_N;
-            const float share = more / (count + more), d = shared[at] - mean;
-            mean += d * share;
-            m2 += shared[at + WARPS * WARP_N] + d * (count * share) * d;
+            merge_moments(mean, m2, count, more / (count + more), shared[at],
+                          shared[at + WARPS * WARP_N]);
             count += more;
         }
         const int result = own.first_result + column;
