@@ -15,7 +15,8 @@ extern "C" __global__ void activate_sum(
     GRID_STRIDE_LOOP(i, (index_t)((size + VEC - 1) / VEC)) {
         Scalars sum = load(z, i), other = other_or_null ? load(other_or_null, i) : zeros();
         for (int v = 0; v < VEC; ++v) {
-            accum_t term = other_or_null ? (accum_t)sum.at[v] + (accum_t)other.at[v] : (accum_t)sum.at[v];
+            accum_t term = sum.at[v];
+            if (other_or_null) term += (accum_t)other.at[v];
             sum.at[v] = (scalar_t)activate(term, ACTIVATION, slope);
         }
         store(a, i, sum);
@@ -41,8 +42,8 @@ extern "C" __global__ void activation_backward(
 constexpr int THREADS = 256, BLOCKS = 2;  // at a time on a multiprocessor: the launch has no more
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) activation_backward_bias(
-    const scalar_t* __restrict__ da, const scalar_t* __restrict__ a, scalar_t* __restrict__ dz_or_null,
-    accum_t* __restrict__ slabs, long long rows, int c)
+    const scalar_t* __restrict__ da, const scalar_t* __restrict__ a,
+    scalar_t* __restrict__ dz_or_null, accum_t* __restrict__ slabs, long long rows, int c)
 {
     __shared__ accum_t lane_sums[THREADS * VEC];
     const int cv = c / VEC, across = cv < THREADS ? cv : THREADS, lanes = THREADS / across;

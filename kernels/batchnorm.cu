@@ -30,8 +30,8 @@ static __device__ Tile tile_of(index_t rows, int columns, index_t band, int widt
     return t;
 }
 
-// Merges what each thread has `mine` over the threads of a column, for one of them, which has it all
-// in shared[threadIdx.x] then: whether that is this one.
+// Merges what the threads of a column have `mine`. Returns whether this thread is the one of them
+// that finds all of it in shared[threadIdx.x].
 template <class T>
 static __device__ bool merge_threads(T* shared, const T& mine, const Tile& t, int width) {
     shared[threadIdx.x] = mine;
@@ -150,7 +150,8 @@ static __device__ Norm load_norm(const accum_t* mean, const accum_t* var, const 
                                  const accum_t* beta, accum_t epsilon, int column) {
     Norm norm = {load_sums(mean, column), load_sums(var, column), load_sums(gamma, column),
                  load_sums(beta, column)};
-    for (int v = 0; v < VEC; ++v) norm.inverse_std.at[v] = 1 / sqrt(norm.inverse_std.at[v] + epsilon);
+    for (int v = 0; v < VEC; ++v)
+        norm.inverse_std.at[v] = 1 / sqrt(norm.inverse_std.at[v] + epsilon);
     return norm;
 }
 
@@ -256,8 +257,8 @@ extern "C" __global__ void batch_norm_merge_sums(
     store_sums(dgamma, t.column, shared[threadIdx.x].dgamma);
 }
 
-// dx = gamma / sqrt(var + epsilon) (dz - dbeta / rows - x_hat dgamma / rows), for mean and var depend
-// on x as well, which takes the mean of dz and its part along x_hat out.
+// dx = gamma / sqrt(var + epsilon) (dz - dbeta / rows - x_hat dgamma / rows), where mean and var,
+// which depend on x as well, take out the mean of dz and its part along x_hat.
 extern "C" __global__ void batch_norm_backward(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x,
     const accum_t* __restrict__ mean, const accum_t* __restrict__ var,

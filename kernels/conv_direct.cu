@@ -10,8 +10,8 @@
 
 #include "activation.cuh"
 
-// What VEC output channels, number o of such groups, read at a pixel: each its own channel where the
-// convolution is depthwise, all of them input number i otherwise. 0 in the padding, which is
+// What VEC output channels, number o of such groups, read at a pixel: each its own channel where
+// the convolution is depthwise, all of them input number i otherwise. 0 in the padding, which is
 // multiplied like any other value: a weight that is not finite shows there as everywhere.
 static __device__ Scalars inputs_of(const scalar_t* x, bool inside, index_t pixel, int c, int o,
                                     int i) {
@@ -50,7 +50,8 @@ extern "C" __global__ void conv_direct(
         }
         Scalars out;
         for (int v = 0; v < VEC; ++v)
-            out.at[v] = finish(sum.at[v], bias_or_null, p.c * VEC + v, residual_or_null, i * VEC + v);
+            out.at[v] = finish(sum.at[v], bias_or_null, p.c * VEC + v, residual_or_null,
+                               i * VEC + v);
         store(y, i, out);
     }
 }
@@ -78,9 +79,10 @@ extern "C" __global__ void conv_depthwise_input_gradient(
 }
 
 // The weight gradient: slabs[block][term][o] = the sum of x dz over a band of pixels, where a term
-// is a tap and an input, (ky * kw + kx) * inputs + ic. A thread keeps TERMS terms of VEC channels in
-// registers and walks over pixels; where c_out is small, several lanes of a block share its band.
-// sum_splits.cu adds the slabs.
+// is a tap and an input, (ky * kw + kx) * inputs + ic. A thread keeps TERMS terms of VEC channels
+// in registers and walks over pixels; where c_out is small, several lanes of a block share its
+// band. sum_splits.cu adds the slabs.
+//
 // BLOCKS: that a multiprocessor must have registers for, of which the compiler would leave too few.
 constexpr int THREADS = 256, BLOCKS = VEC == 4 ? 2 : 0;
 
@@ -128,7 +130,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_direct_weight
         if (working && lane == 0 && first_term + t < terms)
             for (int v = 0; v < VEC; ++v) {
                 accum_t total = 0;
-                for (int l = 0; l < lanes; ++l) total += lane_sums[(l * across + threadIdx.x) * VEC + v];
+                for (int l = 0; l < lanes; ++l)
+                    total += lane_sums[(l * across + threadIdx.x) * VEC + v];
                 slabs[(((index_t)blockIdx.x * terms + first_term + t) * cv + o) * VEC + v] = total;
             }
         __syncthreads();

@@ -2,9 +2,9 @@
 // every dtype, any number of channels and every GPU. conv_tensor.cu does the same on tensor cores.
 //
 // In the input gradient, near the border, a tap may come from an output that does not exist. Zeros
-// stand for those; but zero times a weight that is infinite or NaN is NaN, at a pixel which never saw
-// that weight. So these zeros are written as -0, and the products of a tile with such a weight leave
-// them out.
+// stand for those; but zero times a weight that is infinite or NaN is NaN, at a pixel which never
+// saw that weight. So these zeros are written as -0, and the products of a tile with such a weight
+// leave them out.
 
 #include "gemm_tile.cuh"
 #include "activation.cuh"
@@ -126,7 +126,8 @@ static __device__ void multiply(const Product& p, const Share& own, int splits, 
 static __device__ void write_moments(const Product& p, const Share& own, int rows,
                                      const accum_t (&outputs)[SUMS_M][SUMS_N], Tiles& tiles,
                                      accum_t* moments) {
-    static_assert(THREADS_M * TILE_N * sizeof(accum_t) <= sizeof(Tiles), "one value a thread and column");
+    static_assert(THREADS_M * TILE_N * sizeof(accum_t) <= sizeof(Tiles),
+                  "one value a thread and column");
     accum_t (*shared)[TILE_N] = reinterpret_cast<accum_t(*)[TILE_N]>(&tiles);
     accum_t mean[SUMS_N] = {}, m2[SUMS_N] = {};
     for (int pass = 0; pass < 2; ++pass) {
@@ -197,10 +198,13 @@ static __device__ void convolve(const Product& p, const Share& own, int splits,
         }
     }
     if (MOMENTS && !GRADIENT)
-        write_moments(p, own, (int)min((index_t)TILE_M, rows - own.first_row), sums, tiles, moments);
+        write_moments(p, own, (int)min((index_t)TILE_M, rows - own.first_row), sums, tiles,
+                      moments);
 }
 
-// x (n, h, w, c), filters (kh, kw, c / groups, c_out), bias (c_out), residual and y (n, oh, ow, c_out).
+// x (n, h, w, c)   filters (kh, kw, c / groups, c_out)   bias (c_out)
+// residual, y (n, oh, ow, c_out)
+//
 // With a partial (splits, n, oh, ow, c_out) only sums are written, to it; finish_splits.cu goes on.
 // moments (row tiles, 2, c_out): of the outputs, for the batch norm after it; not with a partial.
 // They take registers, so it is a variant of its own that writes them: MOMENTS is 1 then.

@@ -1,5 +1,5 @@
-// The products of implicit_gemm.cuh on tensor cores; tensor_tile.cuh says how, or where the launcher
-// defines WGMMA as 1, wgmma_tile.cuh.
+// The products of implicit_gemm.cuh on tensor cores; tensor_tile.cuh says how, or where the
+// launcher defines WGMMA as 1, wgmma_tile.cuh.
 //
 //     A    TILE_M rows of TILE_K terms                terms are neighbours in memory
 //     B    forward: TILE_K rows of TILE_N results     results are neighbours, as in the filters
@@ -31,7 +31,7 @@ static __device__ void multiply(const Product& p, const Share& own, int splits, 
     for (int i = 0; i < A_COPIES; ++i) corner[i] = p.corner_of(own.first_row + a_row + i * ROWS);
     Term term(start * TILE_K + piece * PIECE, taps_x, p.terms);
 
-    // ... and of B: forward one piece of the results of these terms, else the same terms of results.
+    // ... and of B: forward one piece of the results of these terms, else these terms of results.
     constexpr int COLUMNS = TILE_N / PIECE, K_ROWS = THREADS / COLUMNS;
     constexpr int B_COPIES = GRADIENT ? TILE_N / ROWS : TILE_K / K_ROWS;
     const int b_piece = threadIdx.x % COLUMNS, b_row = threadIdx.x / COLUMNS;
@@ -43,7 +43,8 @@ static __device__ void multiply(const Product& p, const Share& own, int splits, 
         for (int i = 0; i < A_COPIES; ++i) {
             index_t place;
             bool seen = p.sees(corner[i], term, own.group, place);
-            start_copy(stage + term_offset(a_row + i * ROWS, piece), p.x + (seen ? place : 0), seen);
+            start_copy(stage + term_offset(a_row + i * ROWS, piece), p.x + (seen ? place : 0),
+                       seen);
         }
         const unsigned b = stage + A_BYTES;
 #pragma unroll
@@ -52,7 +53,8 @@ static __device__ void multiply(const Product& p, const Share& own, int splits, 
                 int result = own.first_result + a_row + i * ROWS;
                 bool seen = term.ty < p.vertical.taps && result < p.results;
                 index_t place = p.gradient_weight(term, own.group, result);
-                start_copy(b + term_offset(a_row + i * ROWS, piece), p.w + (seen ? place : 0), seen);
+                start_copy(b + term_offset(a_row + i * ROWS, piece), p.w + (seen ? place : 0),
+                           seen);
             } else {
                 int row = b_row + i * K_ROWS, k = fetched * TILE_K + row;
                 int result = own.first_result + b_piece * PIECE;
@@ -113,7 +115,8 @@ static __device__ void write_moments(const Product& p, const Share& own, const M
     moments += own.first_row / TILE_M * 2 * p.y_channels + own.group * p.results;
     for (int column = threadIdx.x; column < TILE_N; column += THREADS) {
         float count = 0, mean = 0, m2 = 0;
-        for (int w = column / WARP_N * COLUMN_WARPS; w < (column / WARP_N + 1) * COLUMN_WARPS; ++w) {
+        const int first = column / WARP_N * COLUMN_WARPS;
+        for (int w = first; w < first + COLUMN_WARPS; ++w) {
             const float more = shared[w];
             if (more == 0) continue;
             const int at = WARPS + w * WARP_N + column % WARP_N;
@@ -139,8 +142,8 @@ static __device__ void convolve(const Product& p, const Share& own, int splits, 
     float sums[FRAGMENTS_M][FRAGMENTS_N][4] = {};
     multiply<GRADIENT>(p, own, splits, shared_address(memory), sums);
 
-    // A lane has two neighbouring sums of a row, but should write 16 bytes. So each warp lays 16 rows
-    // of its sums into shared memory and reads them back in pieces.
+    // A lane has two neighbouring sums of a row, but should write 16 bytes. So each warp lays 16
+    // rows of its sums into shared memory and reads them back in pieces.
     constexpr int PITCH = WARP_N + 8, ROW_PIECES = WARP_N / PIECE;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* corner = reinterpret_cast<float*>(memory) + warp * 16 * PITCH;
@@ -152,11 +155,13 @@ static __device__ void convolve(const Product& p, const Share& own, int splits, 
         for (int j = 0; j < FRAGMENTS_N; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e)
-                corner[(lane / 4 + e / 2 * 8) * PITCH + j * 8 + lane % 4 * 2 + e % 2] = sums[i][j][e];
+                corner[(lane / 4 + e / 2 * 8) * PITCH + j * 8 + lane % 4 * 2 + e % 2] =
+                    sums[i][j][e];
         __syncwarp();
         for (int u = lane; u < 16 * ROW_PIECES; u += 32) {
             index_t row = own.first_row + fragment_row(i) + u / ROW_PIECES;
-            int column = u % ROW_PIECES * PIECE, result = own.first_result + first_column() + column;
+            int column = u % ROW_PIECES * PIECE;
+            int result = own.first_result + first_column() + column;
             if (row >= rows || result >= p.results) continue;
             float* sum = corner + u / ROW_PIECES * PITCH + column;
             int channel = own.group * p.results + result;
@@ -201,8 +206,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_EACH) conv_tensor_f
                     residual_or_null, y, partial_or_null, moments_or_null);
 }
 
-// As conv_input_gradient in conv_gemm.cu, except that a weight which is not finite makes NaN also at
-// those pixels near the border whose tap it is, but whose output does not exist.
+// As conv_input_gradient in conv_gemm.cu, except that a weight which is not finite makes NaN also
+// at those pixels near the border whose tap it is, but whose output does not exist.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_EACH) conv_tensor_input_gradient(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ filters,
     scalar_t* __restrict__ dx, accum_t* __restrict__ partial_or_null,

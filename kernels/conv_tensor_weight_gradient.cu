@@ -1,5 +1,5 @@
-// The weight gradient of conv_weight_gradient.cu on tensor cores; tensor_tile.cuh says how, or where
-// the launcher defines WGMMA as 1, wgmma_tile.cuh.
+// The weight gradient of conv_weight_gradient.cu on tensor cores; tensor_tile.cuh says how, or
+// where the launcher defines WGMMA as 1, wgmma_tile.cuh.
 //
 //     A    TILE_K rows, one a pixel, of TILE_M terms (ky, kx, ic)    terms are neighbours in memory
 //     B    TILE_K rows, one a pixel, of TILE_N outputs               outputs are neighbours
@@ -48,10 +48,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_EACH) conv_tensor_w
 #pragma unroll
         for (int i = 0; i < A_COPIES; ++i) {
             int iy = pixel[i].y * sh + from_y, ix = pixel[i].x * sw + from_x;
-            bool seen = pixel[i].image < n && term < terms && iy >= 0 && iy < h && ix >= 0 && ix < w;
+            bool seen = pixel[i].image < n && term < terms && iy >= 0 && iy < h && ix >= 0
+                        && ix < w;
             index_t place = ((pixel[i].image * h + iy) * w + ix) * c + channel;
-            start_copy(a + column_offset<TILE_M>(a_row + i * A_ROWS, a_piece), x + (seen ? place : 0),
-                       seen);
+            start_copy(a + column_offset<TILE_M>(a_row + i * A_ROWS, a_piece),
+                       x + (seen ? place : 0), seen);
             pixel[i].advance(TILE_K, oh, ow);
         }
 #pragma unroll
@@ -79,6 +80,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_EACH) conv_tensor_w
                 int k = own.first_term + fragment_row(i) + lane / 4 + e / 2 * 8;
                 int o = own.first_output + first_column() + j * 8 + lane % 4 * 2 + e % 2;
                 if (k < terms && o < outputs)
-                    slabs[((index_t)own.split * terms + k) * c_out + own.group * outputs + o] = sums[i][j][e];
+                    slabs[((index_t)own.split * terms + k) * c_out + own.group * outputs + o] =
+                        sums[i][j][e];
             }
 }

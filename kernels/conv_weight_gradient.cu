@@ -45,7 +45,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_weight_gradie
 #pragma unroll
         for (int i = 0; i < A_LOADS; ++i) {
             int iy = pixel[i].y * sh + from_y, ix = pixel[i].x * sw + from_x;
-            bool seen = pixel[i].image < n && term < terms && iy >= 0 && iy < h && ix >= 0 && ix < w;
+            bool seen = pixel[i].image < n && term < terms && iy >= 0 && iy < h && ix >= 0
+                        && ix < w;
             index_t place = ((pixel[i].image * h + iy) * w + ix) * c + channel;
             a_chunk[i] = seen ? chunk_at<VEC>(x, place) : zero_chunk<VEC>();
             pixel[i].advance(TILE_K, oh, ow);
@@ -92,6 +93,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_weight_gradie
         for (int j = 0; j < SUMS_N; ++j) {
             int k = own.first_term + tile_row(i), o = own.first_output + tile_column(j);
             if (k < terms && o < outputs)
-                slabs[((index_t)own.split * terms + k) * c_out + own.group * outputs + o] = sums[i][j];
+                slabs[((index_t)own.split * terms + k) * c_out + own.group * outputs + o] =
+                    sums[i][j];
         }
 }

@@ -9,8 +9,8 @@
 // that. What is drawn is a function of (key, number of the image, epoch) alone, so it does not
 // depend on the batch. The cursor is read from memory, so that a CUDA graph can replay the launch.
 //
-// There are only 256 values of a byte: the host computes what becomes of each, so that no arithmetic
-// is left here that might round otherwise than on the CPU.
+// There are only 256 values of a byte: the host computes what becomes of each, so that no
+// arithmetic is left here that might round otherwise than on the CPU.
 
 #include "philox.cuh"
 

@@ -7,8 +7,8 @@
 //        TILE_K +---------+
 //       +-----+ +---------+
 //       |     | |         |
-//       |  A  | |    C    | TILE_M     each thread keeps 4 QUADS_M x 4 QUADS_N sums of C in registers
-//       |     | |         |
+//       |  A  | |    C    | TILE_M     each thread keeps 4 QUADS_M x 4 QUADS_N sums of C
+//       |     | |         |            in registers
 //       +-----+ +---------+
 //
 // An element of A that was read once from far away serves TILE_N products, one of B TILE_M: that is

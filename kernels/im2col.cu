@@ -2,8 +2,8 @@
 //
 //     x    (n, h, w, c)
 //     cols (n * oh * ow, kh * kw * c)
-//     cols[(in, oy, ox)][(ky, kx, ic)] = x[in][oy * sh - top + ky * dh][ox * sw - left + kx * dw][ic],
-//                                        or 0 where that lies in the padding
+//     cols[(in, oy, ox)][(ky, kx, ic)] =
+//         x[in][oy * sh - top + ky * dh][ox * sw - left + kx * dw][ic], or 0 in the padding
 //
 // With the columns at hand a convolution is one matrix product, cols @ w.reshape(kh * kw * c, -1).
 

@@ -2,19 +2,23 @@
 // conv_gemm.cu and conv_tensor.cu have in common: which element of which tensor stands where in the
 // matrices. docs/kernels.md explains it with drawings.
 //
-//     forward          y[m][o]  = sum over k of X[m][k] W[k][o]     m = (in, oy, ox)  k = (ky, kx, ic)
-//     input gradient   dx[m][i] = sum over k of D[m][k] V[k][i]     m = (in, iy, ix)  k = (ky, kx, oc)
+//     forward          y[m][o]  = sum over k of X[m][k] W[k][o]   m = (in, oy, ox) k = (ky, kx, ic)
+//     input gradient   dx[m][i] = sum over k of D[m][k] V[k][i]   m = (in, iy, ix) k = (ky, kx, oc)
 //
-// X is what im2col would write: X[m][k] = x[in][oy * sh - top + ky * dh][ox * sw - left + kx * dw][ic].
-// A block reads the piece that it needs straight from x into shared memory, and fills in zeros where
-// the pixel lies in the padding. D holds the outputs that pixel m reached through tap (ky, kx).
-// W and V are the filters (kh, kw, c / groups, c_out), read with rows and columns swapped for V.
+// X is what im2col would write:
+//
+//     X[m][k] = x[in][oy * sh - top + ky * dh][ox * sw - left + kx * dw][ic]
+//
+// A block reads the piece that it needs straight from x into shared memory, and fills in zeros
+// where the pixel lies in the padding. D holds the outputs that pixel m reached through tap
+// (ky, kx). W and V are the filters (kh, kw, c / groups, c_out), read with rows and columns swapped
+// for V.
 //
 // Which outputs reach a pixel: with stride s, output p covers pixel i by tap t where
 // p s - pad + t d = i. Pixels i = phase, phase + s, phase + 2 s, ... have the same taps, and pixel
 // number q of such a phase has outputs q + start, q + start + step, ...: once more a convolution,
-// of stride 1. So the gradient is s * s small convolutions, one for each phase, which together write
-// every pixel once, without a wasted product.
+// of stride 1. So the gradient is s * s small convolutions, one for each phase, which together
+// write every pixel once, without a wasted product.
 
 // One axis of a convolution. Its output number p reads, with tap number t, the pixel
 // p * stride + start + t * step, and weighs it with tap first + t * every of the filter.

@@ -8,8 +8,8 @@
 // beats every number. The caller refuses windows that lie wholly in the padding.
 //
 // With relu, y = max(0, the maximum): the same as pooling after a ReLU, which need not be computed
-// for all of x then. The mask holds (mask_t)-1, which is no place, where the maximum is not above 0,
-// so that one gather is the backward pass of both, and needs neither x nor y.
+// for all of x then. The mask holds (mask_t)-1, which is no place, where the maximum is not above
+// 0, so that one gather is the backward pass of both, and needs neither x nor y.
 
 // One thread finds the maxima of VEC channels.
 extern "C" __global__ void max_pool(

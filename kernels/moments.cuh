@@ -1,6 +1,6 @@
-// The moments of some values are their mean and m2, the sum of squared differences from it: as exact
-// as a second pass with the mean at hand, where the sum of squares less the square of the sum would
-// cancel.
+// The moments of some values are their mean and m2, the sum of squared differences from it: as
+// exact as a second pass with the mean at hand, where the sum of squares less the square of the sum
+// would cancel.
 
 // Of `count` values, together with those of others, which are the share `share` of all (Chan, Golub
 // and LeVeque 1983). Where count is 0, mean and m2 must be too.

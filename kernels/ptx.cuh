@@ -1,10 +1,10 @@
-// The instructions of tensor cores, and of copies that do not pass through registers, which CUDA C++
-// gives no name to without a header. sm_80 and later.
+// The instructions of tensor cores, and of copies that do not pass through registers, which CUDA
+// C++ gives no name to without a header. sm_80 and later.
 //
 // Layouts of fragments: PTX ISA, "Matrix fragments for mma.m16n8k16" and "for mma.m16n8k8". With
 // g = lane / 4 and t = lane % 4, a 32-bit register of A holds row g or g + 8 and the elements of k
-// in the t-th 4 bytes; of B, column g and the same elements of k; C has row g (or g + 8) and columns
-// 2 t and 2 t + 1.
+// in the t-th 4 bytes; of B, column g and the same elements of k; C has row g (or g + 8) and
+// columns 2 t and 2 t + 1.
 
 struct float16;
 struct bfloat16;
@@ -15,11 +15,13 @@ static __device__ unsigned shared_address(const void* p) {
 
 // Starts copying 16 bytes into shared memory, or writing 16 zero bytes there.
 static __device__ void start_copy(unsigned to, const void* from, bool present) {
-    int bytes = present ? 16 : 0;  // the rest of the 16 is filled with zeros; none is not read at all
+    int bytes = present ? 16 : 0;  // the rest is filled with zeros; with 0, nothing is read
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :: "r"(to), "l"(from), "r"(bytes) : "memory");
 }
-static __device__ void end_group_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+static __device__ void end_group_of_copies() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Waits until all but the N newest groups of this thread's copies have arrived.
 template <int N> static __device__ void wait_for_copies() {
@@ -41,8 +43,9 @@ static __device__ unsigned load_word(unsigned from) {
     return word;
 }
 
-// C += A B for a 16 x 8 piece of C and 32 bytes of k: 16 elements of 16 bits, or 8 of 32, whose last
-// 13 bits a tensor core ignores. The last argument is not read; its type says what the elements are.
+// C += A B for a 16 x 8 piece of C and 32 bytes of k: 16 elements of 16 bits, or 8 of 32, whose
+// last 13 bits a tensor core ignores. The last argument is not read; its type says what the
+// elements are.
 #define MULTIPLY(instruction)                                                              \
     asm volatile(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                          \

@@ -1,7 +1,8 @@
 // Softmax cross-entropy, its gradient, and how many predictions are right.
 //
 //     logits, dlogits (n, classes)    labels, losses, hits (n,)
-//     t = z - max(z)    p = exp(t) / sum(exp(t))    q = 1 - s at the label, + s / classes everywhere
+//     t = z - max(z)    p = exp(t) / sum(exp(t))
+//     q = 1 - s at the label, + s / classes everywhere
 //     losses = -sum(q log p) = log(sum(exp(t))) - (1 - s) t[label] - s mean(t)
 //     dlogits = (p - q) / n * loss scale
 //

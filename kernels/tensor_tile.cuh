@@ -2,9 +2,9 @@
 // elements of which the product sees 10 bits (tf32).
 //
 // Tiles of A and B go from global to shared memory in 16-byte pieces that no thread holds in
-// registers (cp.async), STAGES tiles ahead of the products. Where a piece lies in the padding, zeros
-// are written instead. A warp computes WARP_M x WARP_N sums in fragments of 16 x 8; ldmatrix brings
-// the elements into the registers of the lanes that the tensor core takes them from.
+// registers (cp.async), STAGES - 1 tiles ahead of the products. Where a piece lies in the padding,
+// zeros are written instead. A warp computes WARP_M x WARP_N sums in fragments of 16 x 8; ldmatrix
+// brings the elements into the registers of the lanes that the tensor core takes them from.
 //
 // The launcher sees to it that channels come in 16-byte pieces, and defines TILE_M, TILE_N, WARP_M,
 // WARP_N and STAGES. It gives STAGES * (bytes of both tiles) of dynamic shared memory.
@@ -20,10 +20,10 @@ constexpr int COLUMN_WARPS = WARPS_M;  // in a row, which have the same columns
 constexpr int FRAGMENTS_M = WARP_M / 16, FRAGMENTS_N = WARP_N / 8;
 
 // A tile lies in shared memory in one of two ways, as its elements are neighbours in global memory:
-// in rows of TILE_K terms, or in TILE_K rows of WIDTH = TILE_M or TILE_N columns. Eight pieces which
-// ldmatrix reads at once must lie in 8 different groups of 4 banks: so pieces change places by row.
-// Where rows of columns are read word by word (tf32), a gap of 32 bytes keeps the 4 rows that a warp
-// reads at once in different banks.
+// in rows of TILE_K terms, or in TILE_K rows of WIDTH = TILE_M or TILE_N columns. Eight pieces
+// which ldmatrix reads at once must lie in 8 different groups of 4 banks: so pieces change places
+// by row. Where rows of columns are read word by word (tf32), a gap of 32 bytes keeps the 4 rows
+// that a warp reads at once in different banks.
 constexpr int TERM_PITCH = 16 * PIECES;  // bytes from a row to the next
 constexpr int ALIGNMENT = 128, BLOCKS_EACH = 2;  // on a multiprocessor
 
@@ -48,14 +48,16 @@ static __device__ int fragment_row(int i) {
 static __device__ int first_column() { return threadIdx.x / 32 / WARPS_M * WARP_N; }
 
 // Fragments of A, 16 rows from `row`, and of B, 16 columns from `column`, for one step of k: 32
-// bytes of it, two pieces where terms are neighbours. `tile` is the tile's address in shared memory.
+// bytes of it, two pieces where terms are neighbours. `tile` is the tile's address in shared
+// memory.
 static __device__ void load_a_terms(unsigned (&a)[4], unsigned tile, int row, int step) {
     const int lane = threadIdx.x % 32;
     load_matrices(a, tile + term_offset(row + lane % 16, step * 2 + lane / 16));
 }
 static __device__ void load_b_terms(unsigned (&b)[4], unsigned tile, int column, int step) {
     const int lane = threadIdx.x % 32;
-    load_matrices(b, tile + term_offset(column + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+    load_matrices(b, tile + term_offset(column + lane % 8 + lane / 16 * 8,
+                                        step * 2 + lane / 8 % 2));
 }
 template <int WIDTH>
 static __device__ void load_a_columns(unsigned (&a)[4], unsigned tile, int row, int step) {
@@ -117,8 +119,8 @@ static __device__ void multiply_tile(float (&sums)[FRAGMENTS_M][FRAGMENTS_N][4],
     }
 }
 
-// Runs the products over stages start to end - 1: fetch(address) starts the copies of the next stage
-// to there, multiply(address) adds to the sums the products of the one that lies there.
+// Runs the products over stages start to end - 1: fetch(address) starts the copies of the next
+// stage to there, multiply(address) adds to the sums the products of the one that lies there.
 template <int STAGE_BYTES, class Fetch, class Multiply>
 static __device__ void run_stages(unsigned memory, index_t start, index_t end, Fetch fetch,
                                   Multiply multiply, float (&)[FRAGMENTS_M][FRAGMENTS_N][4]) {

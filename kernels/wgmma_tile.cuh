@@ -1,6 +1,6 @@
 // The tile of tensor_tile.cuh by Hopper's wgmma (sm_90a, 16-bit elements): four warps, a warpgroup,
-// multiply 64 rows by all TILE_N columns at once, and the tensor cores read both factors from shared
-// memory themselves, while the threads go on. Warpgroups lie one below the other.
+// multiply 64 rows by all TILE_N columns at once, and the tensor cores read both factors from
+// shared memory themselves, while the threads go on. Warpgroups lie one below the other.
 //
 // The launcher defines TILE_M, TILE_N (64 or 128), WARP_M = 64 m for m times 64 rows a warpgroup,
 // WARP_N = TILE_N, and STAGES. Copies are STAGES - 2 tiles ahead: one is being multiplied, and one
@@ -39,7 +39,8 @@ static __device__ int first_column() { return 0; }
 
 // "Matrix descriptor": address, distance of blocks of 64 columns, distance of atoms, in 16 bytes.
 static __device__ unsigned long long descriptor(unsigned address) {
-    return (unsigned long long)(address >> 4 & 0x3FFF) | (unsigned long long)(BLOCK_BYTES >> 4) << 16
+    return (unsigned long long)(address >> 4 & 0x3FFF)
+           | (unsigned long long)(BLOCK_BYTES >> 4) << 16
            | (unsigned long long)(ATOM_BYTES >> 4) << 32 | 1ull << 62;
 }
 
@@ -100,7 +101,8 @@ static __device__ void hold(float (&sums)[FRAGMENTS_M][FRAGMENTS_N][4]) {
 template <bool A_COLUMNS, bool B_COLUMNS>
 static __device__ void multiply_tile(float (&sums)[FRAGMENTS_M][FRAGMENTS_N][4], unsigned a_tile,
                                      unsigned b_tile) {
-    constexpr int A_STEP = A_COLUMNS ? 2 * ATOM_BYTES : 32, B_STEP = B_COLUMNS ? 2 * ATOM_BYTES : 32;
+    constexpr int A_STEP = A_COLUMNS ? 2 * ATOM_BYTES : 32;
+    constexpr int B_STEP = B_COLUMNS ? 2 * ATOM_BYTES : 32;
     const int first = threadIdx.x / 128 * FRAGMENTS_M;
     hold(sums);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
