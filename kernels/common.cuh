@@ -2,7 +2,7 @@
 //
 //     typedef float scalar_t;         // or double, float16, bfloat16: what the tensors hold
 //     typedef float accum_t;          // or double: what sums are kept in
-//     typedef int index_t;            // or long long, where a tensor passes 2^31 elements
+//     typedef int index_t;            // or long long, where a tensor comes near 2^31 elements
 //     typedef unsigned char mask_t;   // or int: a place in a pooling window
 //     #define VEC 4                   // channels a thread handles: 16 bytes' worth, or 1
 //

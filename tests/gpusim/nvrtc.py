@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+_OPTIONS = ("-std=c++17", "-ftz=true")  # what CuPy compiles a RawModule of this project with
 _DEPRECATED = re.compile(r"^nvrtc: warning: Architectures prior to .* deprecated.*\n?", re.M)
 _RESOURCE = re.compile(r"(\d+) bytes (smem|stack frame|spill stores|spill loads)")
 
@@ -78,7 +79,7 @@ def compile(source: str, file: str, architecture: str, *options: str) -> Compile
     program = C.c_void_p()
     library.nvrtcCreateProgram(C.byref(program), source.encode(), file.encode(), 0, None, None)
     try:
-        given = [o.encode() for o in (f"-arch={architecture}", "-std=c++17", *options)]
+        given = [o.encode() for o in (f"-arch={architecture}", *_OPTIONS, *options)]
         failed = library.nvrtcCompileProgram(program, len(given),
                                              (C.c_char_p * len(given))(*given))
         log = _get(library, program, "ProgramLog").decode(errors="replace").rstrip("\0\n")
