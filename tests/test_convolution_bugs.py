@@ -7,13 +7,11 @@ import pytest
 from tests.conftest import needs_simulator
 from tests.convolution_judge import (
     Case,
-    check_activation_backward,
-    check_forward,
-    check_input_gradient,
-    check_weight_gradient,
     direct,
     gemm,
-    moments_of,
+    judge,
+    judge_activation_backward,
+    judge_moments,
 )
 from tests.gpusim.mutation import caught
 
@@ -25,25 +23,18 @@ FEW = Case((2, 5, 4, 2), (2, 3, 5), stride=(2, 1), padding=1, dilation=(1, 2), b
 DEPTHWISE = Case((2, 5, 6, 3), (3, 2, 3), stride=(2, 1), padding=1, dilation=(1, 2), groups=3)
 
 
-def check_moments(backend):
-    y, moments = moments_of(backend, FORWARD, 3)
-    for number, (mean, squares) in enumerate(moments):
-        rows = y[32 * number:32 * number + 32]
-        np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(squares, rows.var(0) * len(rows), rtol=1e-4, atol=1e-4)
-
-
 CHECKS = {
-    "forward": lambda b: check_forward(b, FORWARD, gemm(3)),
-    "forward, split": lambda b: check_forward(b, FORWARD, gemm(3, 3)),
-    "moments": check_moments,
-    "input gradient": lambda b: check_input_gradient(b, GRADIENT, gemm(3)),
-    "odd weight": lambda b: check_input_gradient(b, ODD_WEIGHT, gemm(3)),
-    "weight gradient": lambda b: check_weight_gradient(b, FORWARD, gemm(3, 2)),
-    "direct": lambda b: check_forward(b, FEW, direct()),
-    "direct weight gradient": lambda b: check_weight_gradient(b, FEW, direct(5)),
-    "depthwise": lambda b: check_input_gradient(b, DEPTHWISE, direct()),
-    "activation": lambda b: check_activation_backward(b, (90, 7), "relu", np.dtype(np.float32)),
+    "forward": lambda b: judge(b, FORWARD, gemm(3), "y"),
+    "forward, split": lambda b: judge(b, FORWARD, gemm(3, 3), "y"),
+    "moments": lambda b: judge_moments(b, FORWARD, gemm(3), mean={"rtol": 1e-5, "atol": 1e-5},
+                                       squares={"rtol": 1e-4, "atol": 1e-4}),
+    "input gradient": lambda b: judge(b, GRADIENT, gemm(3), "dx"),
+    "odd weight": lambda b: judge(b, ODD_WEIGHT, gemm(3), "dx"),
+    "weight gradient": lambda b: judge(b, FORWARD, gemm(3, 2), "dw"),
+    "direct": lambda b: judge(b, FEW, direct(), "y"),
+    "direct weight gradient": lambda b: judge(b, FEW, direct(5), "dw"),
+    "depthwise": lambda b: judge(b, DEPTHWISE, direct(), "dx"),
+    "activation": lambda b: judge_activation_backward(b, (90, 7), "relu", np.dtype(np.float32)),
 }
 # The check that notices and the file: the text and what is put in its place.
 BUGS = {

@@ -9,16 +9,16 @@ from gpucnn.backend import ALGORITHMS
 from gpucnn.geometry import make_window
 from gpucnn.layers import Conv2D, Dense, Flatten, Residual, Sequential
 from tests import variants
-from tests.convolution_judge import Case, cuda
+from tests.convolution_judge import Case, launches
 
+cuda = launches()
 PLANS = (cuda.forward_plan, cuda.input_gradient_plan, cuda.weight_gradient_plan)
 H100 = 132
 
 
 def problem(n, size, c, c_out, groups=1, kernel=3, stride=1, dtype=np.float32, tensor=False):
-    case = Case((n, size, size, c), (kernel, kernel, c_out), stride, padding=kernel // 2,
-                groups=groups, dtype=np.dtype(dtype))
-    return cuda.Problem.of(case.x, c_out, case.window, groups, case.dtype, tensor)
+    return Case((n, size, size, c), (kernel, kernel, c_out), stride, padding=kernel // 2,
+                groups=groups, dtype=np.dtype(dtype), tensor=tensor).problem
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import needs_simulator
-from tests.convolution_cases import TENSOR_DTYPES, Shape, judge, random_arrays
+from tests.convolution_judge import TENSOR_DTYPES, Shape, arrays, judge, launches, tiled
 from tests.gpusim import KernelFault
 from tests.gpusim.mutation import caught
 
@@ -27,8 +27,7 @@ WRONG, FAULT = AssertionError, KernelFault
 
 
 def tiles():
-    from gpucnn.backend.cuda_convolution import TENSOR_TILES, WGMMA_TILES  # which needs CuPy
-    return TENSOR_TILES + WGMMA_TILES
+    return launches().TENSOR_TILES + launches().WGMMA_TILES
 
 
 class Bug(NamedTuple):
@@ -187,7 +186,7 @@ BUGS = {
 
 
 def check(backend, result, dtype, shape, splits, tile):
-    judge(backend, tiles()[tile], shape, random_arrays(shape, dtype), result, splits=(splits,))
+    judge(backend, shape.case(dtype), tiled(tiles()[tile], splits), result)
 
 
 @pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
@@ -203,10 +202,10 @@ def test_without_a_bug_the_same_cases_pass(cupy_backend, case):
 
 def test_nan_that_is_lost_in_rounding_is_caught(cupy_backend):
     """A sum of integers, which is what cvt.rna does with other numbers, wraps around."""
-    shape = Shape((1, 1, 1), (1, 1))
-    a = random_arrays(shape, FLOAT32)
+    case = Shape((1, 1, 1), (1, 1)).case(FLOAT32)
+    a, plan = arrays(case), tiled(tiles()[3])
     a["x"].view(np.uint32)[0, 0, 0, 1] = 0xFFFFFFFF
-    judge(cupy_backend, tiles()[3], shape, a, "y")
+    judge(cupy_backend, case, plan, "y", a=a)
     with caught(PTX, "    return rounded;", "    return bits + 0x1000u;", WRONG) as error:
-        judge(cupy_backend, tiles()[3], shape, a, "y")
+        judge(cupy_backend, case, plan, "y", a=a)
     assert "NaN in y" in str(error.value)

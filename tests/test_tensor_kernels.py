@@ -15,16 +15,19 @@ import pytest
 from gpucnn.backend import cuda_kernel
 from tests import gpusim
 from tests.conftest import needs_cupy, needs_simulator
-from tests.convolution_cases import (
+from tests.convolution_judge import (
     TENSOR_DTYPES,
-    Kernels,
     Shape,
+    arrays,
     as_factor,
     judge,
-    pairs,
-    random_arrays,
+    judge_moments,
+    launches,
+    run,
+    tiled,
 )
 from tests.gpusim import fake_cupy
+from tests.pairs import pairs
 
 pytestmark = needs_cupy
 FLOAT16, BFLOAT16, FLOAT32 = TENSOR_DTYPES
@@ -42,17 +45,14 @@ def tile_of(number):
     """From TENSOR_TILES, then WGMMA_TILES, which are for sm_90 alone."""
     import cupy
 
-    from gpucnn.backend.cuda_convolution import TENSOR_TILES, WGMMA_TILES
-
     if number in WGMMA and cupy.cuda.Device().compute_capability != "90":
         pytest.skip("wgmma needs sm_90")
-    return (TENSOR_TILES + WGMMA_TILES)[number]
+    return (launches().TENSOR_TILES + launches().WGMMA_TILES)[number]
 
 
 def test_all_tiles_have_a_number():
-    from gpucnn.backend.cuda_convolution import TENSOR_TILES, WGMMA_TILES
-
-    assert (len(TENSOR_TILES), len(WGMMA_TILES)) == (len(TILES), len(WGMMA))
+    cuda = launches()
+    assert (len(cuda.TENSOR_TILES), len(cuda.WGMMA_TILES)) == (len(TILES), len(WGMMA))
 
 
 @pytest.mark.parametrize(("number", "dtype"), ALL, ids=str)
@@ -68,7 +68,7 @@ def test_each_tile_and_type_with_edges_in_every_direction(cupy_backend, number, 
     many, one = Shape(image, filters=wide, padding=1), Shape(image, depth=wide, padding=1)
     terms = Shape((1, 3, 3), (1, 1), depth=tile.m // piece + 1, filters=wide)
     for shape, passes in ((many, "y"), (one, "dx"), (terms, "dw")):
-        judge(cupy_backend, tile, shape, random_arrays(shape, dtype), passes, splits=(1, 2))
+        judge(cupy_backend, shape.case(dtype), tiled(tile, 1, 2), passes)
 
 
 @pytest.mark.parametrize(("number", "dtype"), ALL[:-2], ids=str)
@@ -76,7 +76,7 @@ def test_long_sums(cupy_backend, number, dtype):
     """12 tiles of k in y and dx, shared out among splits of which the last has less or nothing to
     do; in dw 5 tiles of 16-bit numbers, or 9."""
     shape = Shape((1, 9, 16), depth=5, filters=5, padding=1)
-    judge(cupy_backend, tile_of(number), shape, random_arrays(shape, dtype), splits=(1, 5))
+    judge(cupy_backend, shape.case(dtype), tiled(tile_of(number), 1, 5))
 
 
 GEOMETRIES = {
@@ -105,9 +105,8 @@ GEOMETRIES = {
 @pytest.mark.parametrize("dtype", TENSOR_DTYPES, ids=str)
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_geometries(cupy_backend, name, dtype):
-    shape, number = GEOMETRIES[name], list(GEOMETRIES).index(name)
-    judge(cupy_backend, tile_of((SMALL, 2)[number % 2]), shape, random_arrays(shape, dtype, number),
-          splits=(1, 3))
+    case, number = GEOMETRIES[name].case(dtype), list(GEOMETRIES).index(name)
+    judge(cupy_backend, case, tiled(tile_of((SMALL, 2)[number % 2]), 1, 3), a=arrays(case, number))
 
 
 EPILOGUES = pairs(ACTIVATIONS, TENSOR_DTYPES, (1, 3), (("b", "residual"), ("b",), ("residual",)))
@@ -116,44 +115,35 @@ EPILOGUES = pairs(ACTIVATIONS, TENSOR_DTYPES, (1, 3), (("b", "residual"), ("b",)
 @pytest.mark.parametrize(("activation", "dtype", "splits", "added"), EPILOGUES,
                          ids=lambda v: "+".join(v) if isinstance(v, tuple) else str(v))
 def test_bias_residual_and_activation(cupy_backend, activation, dtype, splits, added):
-    shape = Shape((2, 4, 5), (2, 2), filters=3, groups=2)
-    a = random_arrays(shape, dtype)
-    for name in {"b", "residual"} - set(added):
-        del a[name]
-    judge(cupy_backend, tile_of(SMALL), shape, a, "y", splits=(splits,), activation=activation)
+    case = Shape((2, 4, 5), (2, 2), filters=3, groups=2).case(dtype, activation, added)
+    judge(cupy_backend, case, tiled(tile_of(SMALL), splits), "y")
 
 
 @pytest.mark.parametrize(("number", "dtype"), ALL, ids=str)
 def test_the_moments_that_y_leaves_are_those_of_its_stored_numbers(cupy_backend, number, dtype):
     """Of each band of rows, the last of which is ragged, and of channels in ragged columns."""
-    tile = tile_of(number)
-    shape = Shape((2, 11, 13), (1, 1), filters=5, groups=2)
-    a = random_arrays(shape, dtype)
+    case = Shape((2, 11, 13), (1, 1), filters=5, groups=2).case(dtype)
+    a = arrays(case)
     a["b"] += 100  # the squares of what is far from 0 lose all digits unless its mean is taken off
-    got = Kernels(cupy_backend, tile).run(shape, a, "y", moments=True)
-    rows = got["y"].astype(np.float64).reshape(-1, a["w"].shape[3])
-    for band, (mean, squares) in enumerate(got["moments"]):
-        part = rows[band * tile.m:(band + 1) * tile.m]
-        np.testing.assert_allclose(mean, part.mean(axis=0), rtol=1e-6)
-        np.testing.assert_allclose(squares, part.var(axis=0) * len(part), rtol=1e-4)
+    judge_moments(cupy_backend, case, *tiled(tile_of(number)), a, mean={"rtol": 1e-6},
+                  squares={"rtol": 1e-4})
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, FLOAT32], ids=str)
 def test_64_bit_indices(cupy_backend, monkeypatch, dtype):
     monkeypatch.setattr(cuda_kernel, "MAX_INT_INDEX", -1)
     shape = Shape((2, 5, 4), (3, 2), depth=2, filters=5, groups=2, stride=(2, 1), padding=1)
-    judge(cupy_backend, tile_of(SMALL), shape, random_arrays(shape, dtype), splits=(1, 2))
+    judge(cupy_backend, shape.case(dtype), tiled(tile_of(SMALL), 1, 2))
 
 
 @needs_simulator
 @pytest.mark.parametrize(("number", "dtype"), [
     *itertools.product((SMALL, 1), TENSOR_DTYPES), (WGMMA[0], FLOAT16)], ids=str)
 def test_the_order_of_threads_changes_no_bit(cupy_backend, monkeypatch, number, dtype):
-    shape = Shape((2, 5, 7), depth=3, filters=5, padding=1)
-    a, results = random_arrays(shape, dtype), []
+    case, results = Shape((2, 5, 7), depth=3, filters=5, padding=1).case(dtype), []
     for order in gpusim.engine.ORDERS:
         monkeypatch.setitem(fake_cupy.options, "order", order)
-        results.append(Kernels(cupy_backend, tile_of(number), 2).run(shape, a))
+        results.append(run(cupy_backend, case, *tiled(tile_of(number), 2)))
     for other in results[1:]:
         for name, value in results[0].items():
             assert value.tobytes() == other[name].tobytes(), name
@@ -186,10 +176,11 @@ def test_numbers_that_are_not_ordinary(cupy_backend, result, factor, other, long
     alone[places] = values
     shape = (Shape((1, 1, n), (1, 1)) if longer == "image" else
              Shape((1, 1, piece), (1, 1))._replace(**{longer: n // piece}))
-    a = {name: np.zeros_like(v) for name, v in random_arrays(shape, dtype).items()}
+    case = shape.case(dtype)
+    a = {name: np.zeros_like(v) for name, v in arrays(case).items()}
     a[factor] = (alone if longer == "image" else alone.T).reshape(a[factor].shape)
     a[other] = np.eye(piece, dtype=dtype).reshape(a[other].shape)
-    got = Kernels(cupy_backend, tile_of(SMALL)).run(shape, a, result)[result]
+    got = run(cupy_backend, case, *tiled(tile_of(SMALL)), a, (result,))[result]
     got = got.reshape(n, piece) if got.shape[-1] == piece else got.reshape(piece, n).T
     np.testing.assert_array_equal(got[places].astype(np.float64), as_factor(values))
 
@@ -197,32 +188,32 @@ def test_numbers_that_are_not_ordinary(cupy_backend, result, factor, other, long
 @pytest.mark.parametrize("dtype", TENSOR_DTYPES, ids=str)
 def test_nan_and_infinity_reach_what_they_should_and_nothing_else(cupy_backend, dtype):
     shape = Shape((2, 7, 6), filters=2, depth=2, stride=(2, 1), padding=1)
-    a = random_arrays(shape, dtype)
+    case, plans = shape.case(dtype), tiled(tile_of(SMALL), 1, 2)
+    a = arrays(case)
     nan = np.float32(np.nan) if dtype != FLOAT32 else np.uint32(0xFFFFFFFF).view(np.float32)
     a["x"][0, 3, 2, 1], a["x"][1, 0, 5, 7], a["x"][1, 6, 0, 0] = nan, np.inf, -np.inf
     a["dz"][0, 1, 2, 1], a["dz"][1, 0, 5, 7] = nan, -np.inf
     a["residual"][1, 2, 2, 3] = -nan
-    judge(cupy_backend, tile_of(SMALL), shape, a, splits=(1, 2))
-    a = random_arrays(shape, dtype)
+    judge(cupy_backend, case, plans, a=a)
+    a = arrays(case)
     a["w"][1, 2, 3, 4], a["w"][0, 0, 1, 2] = nan, np.inf
     a["b"][1] = np.nan
-    judge(cupy_backend, tile_of(SMALL), shape, a, "y", activation="relu")
+    judge(cupy_backend, shape.case(dtype, "relu"), plans[0], "y", a=a)
 
 
 def test_sums_of_float16_may_pass_its_largest_number_on_the_way(cupy_backend):
-    shape = Shape((1, 1, 40), (1, 1), depth=8)
-    a = random_arrays(shape, FLOAT16)
-    del a["b"], a["residual"]
+    case = Shape((1, 1, 40), (1, 1), depth=8).case(FLOAT16, added=())
+    a = arrays(case)
     a["x"][...], a["w"][...] = 250, 250
     for x, want in ((np.float16(250), np.inf), (np.float16(-250), 0)):
         a["x"][..., 32:] = x
-        y = Kernels(cupy_backend, tile_of(SMALL)).run(shape, a, "y")["y"]
+        y = run(cupy_backend, case, *tiled(tile_of(SMALL)), a, ("y",))["y"]
         np.testing.assert_array_equal(y, np.full_like(y, want))
 
 
 def test_bfloat16_has_the_range_of_float32(cupy_backend):
-    shape = Shape((1, 3, 8))
-    a = random_arrays(shape, BFLOAT16)
+    case = Shape((1, 3, 8)).case(BFLOAT16)
+    a = arrays(case)
     a["x"], a["dz"] = a["x"] * BFLOAT16.type(1e18), a["dz"] * BFLOAT16.type(1e-18)
     a["w"] = a["w"] * BFLOAT16.type(1e18)
-    judge(cupy_backend, tile_of(SMALL), shape, a)
+    judge(cupy_backend, case, tiled(tile_of(SMALL)), a=a)

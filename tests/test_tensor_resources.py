@@ -11,8 +11,9 @@ import pytest
 
 from gpucnn.backend.cuda_kernel import Variant, kernel_dir, read_source
 from tests.conftest import needs_cupy
-from tests.convolution_cases import TENSOR_DTYPES, pairs
+from tests.convolution_judge import TENSOR_DTYPES
 from tests.gpusim import nvrtc
+from tests.pairs import pairs
 
 pytestmark = needs_cupy  # for the list of tiles
 FILES = ("conv_tensor.cu", "conv_tensor_weight_gradient.cu")

@@ -10,7 +10,7 @@ import numpy as np
 
 from gpucnn import activations
 from gpucnn.backend.cuda_kernel import Variant, kernel_dir, read_source
-from tests.convolution_cases import pairs
+from tests.pairs import pairs
 
 # Those without tensor cores, which are test_tensor_resources.py's.
 FILES = sorted(p.name for p in kernel_dir().glob("*.cu") if "tensor" not in p.name)
