@@ -9,7 +9,9 @@ from gpucnn.backend import ALGORITHMS
 from gpucnn.geometry import make_window
 from gpucnn.layers import Conv2D, Dense, Flatten, Residual, Sequential
 from tests import variants
+from tests.conftest import needs_simulator
 from tests.convolution_judge import Case, launches
+from tests.gpusim import fake_cupy
 
 cuda = launches()
 PLANS = (cuda.forward_plan, cuda.input_gradient_plan, cuda.weight_gradient_plan)
@@ -277,6 +279,37 @@ def test_every_algorithm_gives_the_same(cupy_backend, monkeypatch, c, groups):
     for algorithm, arrays in results.items():
         for got, want in zip(arrays, results["auto"]):
             np.testing.assert_array_equal(got, want, err_msg=algorithm)
+
+
+@needs_simulator  # which notes the launches
+@pytest.mark.parametrize(("algorithm", "kernels"), [
+    ("im2col", {"im2col", "col2im"}),
+    ("implicit_gemm", {"conv_forward", "conv_input_gradient", "conv_weight_gradient"}),
+    ("direct", {"conv_direct", "conv_input_gradient", "conv_direct_weight_gradient"})])
+def test_all_passes_go_by_the_algorithm_of_the_layer(cupy_backend, monkeypatch, algorithm, kernels):
+    monkeypatch.delenv("GPUCNN_CONV", raising=False)
+    layer = Conv2D(8, 3, bias=False, algorithm=algorithm)
+    layer.build((6, 6, 3))
+    assert launched_by(cupy_backend, layer, layer.backward) == kernels
+    kernels = kernels - {"col2im", "conv_input_gradient"}
+    assert launched_by(cupy_backend, layer, layer.backward_parameters) == kernels
+
+
+def launched_by(backend, layer, backward):
+    """The names of the kernels of a forward pass and this backward pass."""
+    fake_cupy.launches.clear()
+    x = backend.asarray(np.ones((2, *layer.input_shape)), np.float32)
+    backward(layer.forward(x, training=True))
+    return {name for name, _, _ in fake_cupy.launches}
+
+
+@needs_simulator
+def test_a_dense_layer_that_comes_first_has_no_input_gradient(cupy_backend):
+    layer = Dense(4, bias=False)
+    layer.build((6,))
+    assert "conv_input_gradient" in launched_by(cupy_backend, layer, layer.backward)
+    first = launched_by(cupy_backend, layer, layer.backward_parameters)
+    assert first == {"conv_forward", "conv_weight_gradient"}
 
 
 # ---- what summary(plan=True) prints -----------------------------------------------------------

@@ -281,6 +281,23 @@ def test_what_does_not_fit_the_images_is_refused_when_the_loader_is_made(options
         Loader(data_set((2, 4, 5, 3)), 2, seed=0, augmentation=Augmentation(**options))
 
 
+def test_the_largest_cutout_and_crop_fit(backend):
+    data = data_set((2, 4, 5, 3))
+    for options in ({"cutout": 4}, {"crop": 3, "padding": "reflect"}):
+        augmentation = Augmentation(**options)
+        got = gather(backend, data, range(2), 0, 2, augmentation)
+        np.testing.assert_array_equal(got[0], expected(data, range(2), 0, 2, augmentation)[0])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.uint64])
+def test_labels_of_any_integers_are_int64(backend, dtype):
+    data = data_set((6, 2, 2, 1))
+    loader = Loader(Dataset(data.images, data.labels.astype(dtype), data.class_names, "d"), 4)
+    (_, y), _ = batches(loader)
+    assert y.dtype == np.int64
+    np.testing.assert_array_equal(y, data.labels[:4])
+
+
 def test_the_table_is_what_normalise_gives():
     augmentation = Augmentation(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.2))
     for dtype in ("float32", "float64", "float16", "bfloat16"):

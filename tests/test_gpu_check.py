@@ -16,6 +16,7 @@ from scripts.gpu import cudnn, limits, memory, nets, report, step
 from scripts.gpu.context import MODES, Context
 from scripts.gpu.measure import Budget, Clock, relative_error, run_twice
 from tests.conftest import needs_simulator
+from tests.convolution_judge import launches
 from tests.gpusim.mutation import mutated
 from tests.test_gpusim import WORKS
 from tests.test_scripts import error_of, run
@@ -142,13 +143,7 @@ def test_the_report_says_which_line_wgmma_wants(times, advice):
     assert summary["wgmma_shapes"] == 2
     assert summary["other_to_wgmma"] == pytest.approx(times[0] / times[1])
     assert advice in summary["text"][-1]
-    assert hasattr(cuda_convolution(), "AUTO_WGMMA")
-
-
-def cuda_convolution():
-    """Imported late, because it needs CuPy."""
-    from gpucnn.backend import cuda_convolution
-    return cuda_convolution
+    assert hasattr(launches(), "AUTO_WGMMA")
 
 
 def test_every_part_of_a_step_is_captured(checked):

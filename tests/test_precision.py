@@ -279,23 +279,25 @@ TENSOR = {"conv_tensor_forward", "conv_tensor_weight_gradient", "conv_tensor_inp
 ORDINARY = {"conv_forward", "conv_weight_gradient", "conv_input_gradient"}
 
 
-def step(backend, precision, channels=8):
-    layer = Conv2D(8, 3)
-    layer.build((5, 5, channels), precision=precision)
-    y = layer.forward(backend.asarray(np.ones((2, 5, 5, channels)), np.float32), training=True)
+def forward_and_backward(backend, layer, shape, precision):
+    layer.build(shape, precision=precision)
+    y = layer.forward(backend.asarray(np.ones((2, *shape)), np.float32), training=True)
     layer.backward(y)
 
 
 @needs_simulator
+@pytest.mark.parametrize(("make", "image"), [
+    (lambda: Conv2D(8, 3), (5, 5)), (lambda: Dense(8), ())], ids=["Conv2D", "Dense"])
 @pytest.mark.parametrize(("precision", "capability", "channels", "tensor"), [
     ("float32", "90", 8, False), ("tf32", "90", 8, True), ("tf32", "80", 12, True),
     ("tf32", "75", 8, False), ("float64", "90", 8, False), ("mixed_float16", "120", 8, True),
     ("mixed_float16", "75", 8, False), ("mixed_bfloat16", "70", 8, False),
     ("mixed_bfloat16", "80", 8, True), ("mixed_bfloat16", "80", 12, False)])
 def test_tensor_cores_where_there_are_any_and_channels_fill_16_bytes(
-        cupy_backend, monkeypatch, precision, capability, channels, tensor):
+        cupy_backend, monkeypatch, make, image, precision, capability, channels, tensor):
     monkeypatch.setattr(fake_cupy._Device, "compute_capability", capability)
-    names = launched(lambda: step(cupy_backend, precision, channels))
+    names = launched(lambda: forward_and_backward(cupy_backend, make(), (*image, channels),
+                                                  precision))
     assert names & (TENSOR | ORDINARY) == (TENSOR if tensor else ORDINARY)
 
 
