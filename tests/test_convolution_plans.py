@@ -304,12 +304,15 @@ def launched_by(backend, layer, backward):
 
 
 @needs_simulator
-def test_a_dense_layer_that_comes_first_has_no_input_gradient(cupy_backend):
+def test_what_a_dense_layer_launches(cupy_backend, monkeypatch):
+    """Without an input gradient where it comes first, and nothing where cuBLAS does it all."""
     layer = Dense(4, bias=False)
     layer.build((6,))
     assert "conv_input_gradient" in launched_by(cupy_backend, layer, layer.backward)
     first = launched_by(cupy_backend, layer, layer.backward_parameters)
     assert first == {"conv_forward", "conv_weight_gradient"}
+    monkeypatch.setenv("GPUCNN_CONV", "im2col")
+    assert launched_by(cupy_backend, layer, layer.backward) == set()
 
 
 # ---- what summary(plan=True) prints -----------------------------------------------------------
