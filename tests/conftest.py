@@ -13,7 +13,8 @@ from gpucnn.backend import cupy_obstacle, make_backend, use_backend
 from tests import gpusim
 
 _NO_GPU = cupy_obstacle()
-_SIMULATED, _WHY_NOT = gpusim.available() if _NO_GPU else (False, "")
+SIMULATOR_WORKS, _WHY_NOT = gpusim.available()
+_SIMULATED = bool(_NO_GPU) and SIMULATOR_WORKS
 if _SIMULATED:
     gpusim.install()
     make_backend.cache_clear()
@@ -30,6 +31,7 @@ def pytest_report_header() -> str:
 
 
 needs_simulator = pytest.mark.skipif(not _SIMULATED, reason=_WHY_NOT or "there is a GPU to spare")
+needs_compiler = pytest.mark.skipif(not SIMULATOR_WORKS, reason=_WHY_NOT)
 needs_cupy = pytest.mark.skipif(not CUPY_RUNS, reason=f"{_NO_GPU}; {_WHY_NOT}")
 BACKENDS = ["numpy", pytest.param("cupy", marks=needs_cupy)]
 

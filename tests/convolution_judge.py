@@ -89,6 +89,11 @@ class Shape(NamedTuple):
                     "b" in added, "residual" in added, dtype, tensor=True)
 
 
+def tensor_tile(number: int) -> Any:
+    """From TENSOR_TILES, then WGMMA_TILES."""
+    return (launches().TENSOR_TILES + launches().WGMMA_TILES)[number]
+
+
 def tiled(tile: Any, *splits: int) -> list[Any]:
     """The plans of this tile with so many splits each."""
     return [launches().Plan("implicit_gemm", tile, count) for count in splits or (1,)]

@@ -8,11 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from tests import conftest, gpusim
+from tests import conftest
 from tests.gpusim import fake_cupy, nvrtc
-
-WORKS, _REASON = gpusim.available()
-needs_compiler = pytest.mark.skipif(not WORKS, reason=_REASON)
 
 DEVICES = {"simulator": fake_cupy}
 if not conftest._NO_GPU:

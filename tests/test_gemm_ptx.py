@@ -4,6 +4,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.conftest import needs_compiler
 from tests.gpusim import KernelFault, fake_cupy, nvrtc
 from tests.gpusim.fake_cupy import CompileException
 from tests.gpusim.mutation import plant
@@ -15,7 +16,6 @@ from tests.ptx import (
     Result,
     assert_nvrtc_accepts,
     launch,
-    needs_compiler,
     on_each_device,
     random,
     require_nvrtc,

@@ -15,13 +15,11 @@ from scripts.contestants.contest import ROOT
 from scripts.gpu import cudnn, limits, memory, nets, report, step
 from scripts.gpu.context import MODES, Context
 from scripts.gpu.measure import Budget, Clock, relative_error, run_twice
-from tests.conftest import needs_simulator
+from tests.conftest import SIMULATOR_WORKS, needs_compiler, needs_simulator
 from tests.convolution_judge import launches
 from tests.gpusim.mutation import mutated
-from tests.test_gpusim import WORKS
 from tests.test_scripts import error_of, run
 
-needs_gpusim = pytest.mark.skipif(not WORKS, reason="needs a C++ compiler")
 QUICK = ("--quick", "--nets", "article", "--images", "16", "--out")
 FAST = {"GPUSIM_CHECKS": "off", "OMP_NUM_THREADS": "1"}
 
@@ -40,7 +38,7 @@ def context(cupy_backend):
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory):
     """A run of all sections that need no process of their own."""
-    if not WORKS:
+    if not SIMULATOR_WORKS:
         pytest.skip("needs a C++ compiler")
     out = tmp_path_factory.mktemp("gpu_check") / "new" / "report.json"
     only = [word for name in ("step", "memory", "conv", "training") for word in ("--only", name)]
@@ -168,7 +166,7 @@ def test_the_table_fits_100_columns(checked):
     assert " passed, 0 failed in " in lines[-2]
 
 
-@needs_gpusim
+@needs_compiler
 def test_a_wrong_kernel_is_not_timed_and_fails(tmp_path):
     out = tmp_path / "report.json"
     with mutated("maxpool.cu", "value > best.at[v]", "value < best.at[v]") as folder:
@@ -231,7 +229,7 @@ def test_a_product_without_cublas_is_measured(context, monkeypatch):
     assert context.limits["matrix tf32"] == row["rate"]
 
 
-@needs_gpusim
+@needs_compiler
 def test_without_torch_the_rest_runs(tmp_path):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")")
     out = tmp_path / "report.json"
@@ -247,7 +245,7 @@ def test_without_torch_the_rest_runs(tmp_path):
     assert "cudnn_to_ours" not in content["conv"]["summary"]["article float32"]
 
 
-@needs_gpusim
+@needs_compiler
 def test_no_time_at_all_lists_everything(tmp_path):
     out = tmp_path / "report.json"
     result = run("tests.gpusim", "scripts.gpu_check", "--minutes", "0", "--out", out, **FAST)
@@ -273,7 +271,7 @@ def test_help_and_hints_need_no_gpu():
     assert commands[-1].startswith("ncu ")
 
 
-@needs_gpusim
+@needs_compiler
 def test_the_step_that_the_hints_run_works():
     assert run("tests.gpusim", "scripts.gpu.step", **FAST).stdout == ""
 
@@ -285,7 +283,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
                                 "pip install 'gpucnn[cuda12]' (or cuda13)")
 
 
-@needs_gpusim
+@needs_compiler
 def test_without_pytest_it_says_so(tmp_path):
     (tmp_path / "pytest.py").write_text("raise ModuleNotFoundError('no', name='pytest')")
     result = run("tests.gpusim", "scripts.gpu_check", "--only", "tests", code=2,

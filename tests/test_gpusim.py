@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 
 from gpucnn.geometry import make_window
-from tests import gpusim
 from tests.cases import named
-from tests.conftest import needs_simulator
+from tests.conftest import needs_compiler, needs_simulator
 from tests.gpusim import KernelFault, fake_cupy
 from tests.gpusim.fake_cupy import RawModule
 from tests.gpusim.mutation import caught, plant
 
-WORKS, _REASON = gpusim.available()
-pytestmark = pytest.mark.skipif(not WORKS, reason=_REASON)
+pytestmark = needs_compiler
 
 SOURCE = r"""
 extern "C" __global__ void scale(const float* __restrict__ x, float* __restrict__ y, float by,
@@ -266,10 +264,7 @@ def test_nothing_of_the_real_cupy_stays_beside_the_stand_in():
 import sys, types
 for name in ("cupy", "cupy.linalg", "cupyx", "cupyx.scipy", "cupy_backends.cuda", "cupyish"):
     sys.modules[name] = types.ModuleType(name)
-from gpucnn.geometry import make_window
 from tests import gpusim
-from tests.cases import named
-from tests.conftest import needs_simulator
 gpusim.install()
 print(*sorted(name for name in sys.modules if name.startswith("cupy")))
 """

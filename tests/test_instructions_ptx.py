@@ -4,6 +4,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.conftest import needs_compiler
 from tests.gpusim import fake_cupy
 from tests.ptx import (
     F32,
@@ -13,7 +14,6 @@ from tests.ptx import (
     Result,
     assert_nvrtc_accepts,
     launch,
-    needs_compiler,
     on_each_device,
     random,
     words,

@@ -152,15 +152,15 @@ BUGS = {
     "a barrier is missing": ("reduce.cuh", "    __syncthreads();\n    value", "    value"),
     "half a warp": ("reduce.cuh", "int by = 16", "int by = 8"),
 }
-FEW = ((3, 10), (300, 3), (3, 130))
+SMALL_LOGITS = ((3, 10), (300, 3), (3, 130))
 
 
 @needs_simulator
 @pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
 def test_a_planted_bug_is_caught(cupy_backend, bug):
     with caught(*bug):
-        check_loss(cupy_backend, FEW)
+        check_loss(cupy_backend, SMALL_LOGITS)
 
 
 def test_they_pass_where_no_bug_is_planted(cupy_backend):
-    check_loss(cupy_backend, FEW)
+    check_loss(cupy_backend, SMALL_LOGITS)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import needs_simulator
-from tests.convolution_judge import TENSOR_DTYPES, Shape, arrays, judge, launches, tiled
+from tests.convolution_judge import TENSOR_DTYPES, Shape, arrays, judge, tensor_tile, tiled
 from tests.gpusim import KernelFault
 from tests.gpusim.mutation import caught
 
@@ -24,10 +24,6 @@ TENSOR, WEIGHTS, TILE, WGMMA, PTX, GEMM, SPLITS = (
 RAGGED = Shape((2, 4, 5), depth=3, filters=5, groups=2, padding=1)
 STRIDED = Shape((1, 7, 6), (3, 2), filters=2, stride=(2, 3), dilation=(1, 2), padding=1)
 WRONG, FAULT = AssertionError, KernelFault
-
-
-def tiles():
-    return launches().TENSOR_TILES + launches().WGMMA_TILES
 
 
 class Bug(NamedTuple):
@@ -186,7 +182,7 @@ BUGS = {
 
 
 def check(backend, result, dtype, shape, splits, tile):
-    judge(backend, shape.case(dtype), tiled(tiles()[tile], splits), result)
+    judge(backend, shape.case(dtype), tiled(tensor_tile(tile), splits), result)
 
 
 @pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
@@ -203,7 +199,7 @@ def test_without_a_bug_the_same_cases_pass(cupy_backend, case):
 def test_nan_that_is_lost_in_rounding_is_caught(cupy_backend):
     """A sum of integers, which is what cvt.rna does with other numbers, wraps around."""
     case = Shape((1, 1, 1), (1, 1)).case(FLOAT32)
-    a, plan = arrays(case), tiled(tiles()[3])
+    a, plan = arrays(case), tiled(tensor_tile(3))
     a["x"].view(np.uint32)[0, 0, 0, 1] = 0xFFFFFFFF
     judge(cupy_backend, case, plan, "y", a=a)
     with caught(PTX, "    return rounded;", "    return bits + 0x1000u;", WRONG) as error:

@@ -24,6 +24,7 @@ from tests.convolution_judge import (
     judge_moments,
     launches,
     run,
+    tensor_tile,
     tiled,
 )
 from tests.gpusim import fake_cupy
@@ -36,18 +37,19 @@ ACTIVATIONS = ("relu", "leaky_relu", "sigmoid", "tanh")
 
 TILES, WGMMA = range(5), range(5, 8)  # by number: the lists themselves need CuPy
 SMALL = 3
-ALL = [*itertools.product(TILES, TENSOR_DTYPES), *((number, FLOAT16) for number in WGMMA),
-       *((number, BFLOAT16) for number in (WGMMA[0], WGMMA[2]))]  # both widths of the instruction
+TILES_AND_TYPES = [
+    *itertools.product(TILES, TENSOR_DTYPES), *((number, FLOAT16) for number in WGMMA),
+    *((number, BFLOAT16) for number in (WGMMA[0], WGMMA[2]))]  # both widths of the instruction
 HEIGHTS = {256: 1, 128: 3, 64: 5, 32: 3}  # divide a tile's rows and one
 
 
 def tile_of(number):
-    """From TENSOR_TILES, then WGMMA_TILES, which are for sm_90 alone."""
+    """As tensor_tile(); skips the test where the GPU has no such instruction."""
     import cupy
 
     if number in WGMMA and cupy.cuda.Device().compute_capability != "90":
         pytest.skip("wgmma needs sm_90")
-    return (launches().TENSOR_TILES + launches().WGMMA_TILES)[number]
+    return tensor_tile(number)
 
 
 def test_all_tiles_have_a_number():
@@ -55,7 +57,7 @@ def test_all_tiles_have_a_number():
     assert (len(cuda.TENSOR_TILES), len(cuda.WGMMA_TILES)) == (len(TILES), len(WGMMA))
 
 
-@pytest.mark.parametrize(("number", "dtype"), ALL, ids=str)
+@pytest.mark.parametrize(("number", "dtype"), TILES_AND_TYPES, ids=str)
 def test_each_tile_and_type_with_edges_in_every_direction(cupy_backend, number, dtype):
     """One row and one piece of columns more than a tile, and a sum that ends inside one.
 
@@ -71,7 +73,7 @@ def test_each_tile_and_type_with_edges_in_every_direction(cupy_backend, number, 
         judge(cupy_backend, shape.case(dtype), tiled(tile, 1, 2), passes)
 
 
-@pytest.mark.parametrize(("number", "dtype"), ALL[:-2], ids=str)
+@pytest.mark.parametrize(("number", "dtype"), TILES_AND_TYPES[:-2], ids=str)
 def test_long_sums(cupy_backend, number, dtype):
     """12 tiles of k in y and dx, shared out among splits of which the last has less or nothing to
     do; in dw 5 tiles of 16-bit numbers, or 9."""
@@ -119,7 +121,7 @@ def test_bias_residual_and_activation(cupy_backend, activation, dtype, splits, a
     judge(cupy_backend, case, tiled(tile_of(SMALL), splits), "y")
 
 
-@pytest.mark.parametrize(("number", "dtype"), ALL, ids=str)
+@pytest.mark.parametrize(("number", "dtype"), TILES_AND_TYPES, ids=str)
 def test_the_moments_that_y_leaves_are_those_of_its_stored_numbers(cupy_backend, number, dtype):
     """Of each band of rows, the last of which is ragged, and of channels in ragged columns."""
     case = Shape((2, 11, 13), (1, 1), filters=5, groups=2).case(dtype)

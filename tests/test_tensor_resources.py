@@ -11,7 +11,7 @@ import pytest
 
 from gpucnn.backend.cuda_kernel import Variant, kernel_dir, read_source
 from tests.conftest import needs_cupy
-from tests.convolution_judge import TENSOR_DTYPES
+from tests.convolution_judge import TENSOR_DTYPES, tensor_tile
 from tests.gpusim import nvrtc
 from tests.pairs import pairs
 
@@ -26,16 +26,11 @@ VARIANTS = [(*variant, turn % 5) for turn, variant in enumerate(
     pairs(ARCHITECTURES, range(5), TENSOR_DTYPES, (np.int32, np.int64)))]
 VARIANTS += [(architecture, LARGEST, dtype, np.int32, 0) for architecture in ARCHITECTURES
              for dtype in (FLOAT16, FLOAT32)]
-FEW = 32  # bytes a thread: where offsets have 64 bits, they cost less than one block fewer
-
-
-def tile_of(number):
-    from gpucnn.backend.cuda_convolution import TENSOR_TILES, WGMMA_TILES
-    return (TENSOR_TILES + WGMMA_TILES)[number]
+SPILLED_AT_64_BITS = 32  # bytes a thread at most: they cost less than one block fewer
 
 
 def compile_variant(file, architecture, number, dtype, index, activation):
-    constants = tile_of(number).constants | (
+    constants = tensor_tile(number).constants | (
         {"ACTIVATION": activation, "MOMENTS": 1} if file == FILES[0] else {})
     variant = Variant(dtype, np.dtype(np.uint8), np.dtype(index), 16 // dtype.itemsize,
                       tuple(constants.items()))
@@ -56,9 +51,9 @@ def test_compiles_and_spills_nothing(architecture, number, dtype, index, activat
         assert kernels
         for name, needs in kernels.items():
             assert needs.shared == 0, (name, needs)  # all of it is dynamic
-            allowed = 0 if index == np.int32 else FEW
+            allowed = 0 if index == np.int32 else SPILLED_AT_64_BITS
             assert max(needs.stack, needs.spill_stores, needs.spill_loads) <= allowed, (name, needs)
-            assert needs.registers * tile_of(number).threads <= 65536 // 2, (name, needs)
+            assert needs.registers * tensor_tile(number).threads <= 65536 // 2, (name, needs)
 
 
 @pytest.mark.parametrize(("number", "dtype"), [(5, FLOAT16), (6, BFLOAT16), (7, FLOAT16)], ids=str)
@@ -67,7 +62,7 @@ def test_wgmma_spills_nothing_and_is_not_serialized(number, dtype):
     library, reason = nvrtc.find()
     if library is None:
         pytest.skip(reason)
-    tile = tile_of(number)
+    tile = tensor_tile(number)
     assert tile.shared(dtype.itemsize) <= SHARED["sm_90"] << 10
     for file in FILES:
         compiled = compile_variant(file, "sm_90a", number, dtype, np.int32, 0)
@@ -83,7 +78,7 @@ def test_a_block_has_enough_shared_memory(architecture):
     for number in range(5):
         for dtype in TENSOR_DTYPES:
             for weight_gradient in (False, True):
-                needed = tile_of(number).shared(dtype.itemsize, weight_gradient)
+                needed = tensor_tile(number).shared(dtype.itemsize, weight_gradient)
                 assert needed <= SHARED[architecture] << 10, (number, dtype, weight_gradient)
 
 

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
+from tests.conftest import needs_compiler
 from tests.gpusim import inline_ptx
 from tests.gpusim.fake_cupy import CompileException, RawModule
-from tests.ptx import needs_compiler
 
 pytestmark = needs_compiler
 
