@@ -120,8 +120,11 @@ class Optimizer:
         """
         return float(self._control[NORM])
 
-    def step(self) -> None:
-        """theta -= the update."""
+    def step(self, loss: Array | None = None) -> None:
+        """theta -= the update.
+
+        loss: of the backend; where it is not finite nothing is changed, and nothing waits for it.
+        """
         model, scale = self.model, self.loss_scale
         same = _definer(type(self), "rule") is _definer(type(self), "update")
         model.backend.apply_update(Update(
@@ -129,7 +132,8 @@ class Optimizer:
             formula=self.update, rule=self.rule() if same else None,
             weight_decay=self.weight_decay, decayed_size=model.decayed_size,
             clip_norm=self.clip_norm, loss_scale=None if scale is None else scale.value,
-            growth_interval=1 if scale is None else scale.growth_interval, copy=model.flat_cast))
+            growth_interval=1 if scale is None else scale.growth_interval, copy=model.flat_cast,
+            loss=loss))
 
     def update(self, g: Array, *state: Array) -> Array:
         """What to subtract from a part of theta, given that part of g, which is not written, and

@@ -38,6 +38,7 @@ class Update(NamedTuple):
     rule: the same for the kernel, or None where there is none.
     loss_scale: what g was multiplied with, and the good steps since that changed, as doubles.
     copy: a 16-bit array for the new theta.
+    loss: where it is not finite, nothing is changed.
     """
 
     theta: Array
@@ -52,6 +53,7 @@ class Update(NamedTuple):
     loss_scale: Array | None
     growth_interval: int
     copy: Array | None
+    loss: Array | None = None
 
     @property
     def needs_norm(self) -> bool:
@@ -62,8 +64,8 @@ def prepare(u: Update, sum_of_squares: float) -> None:
     """Write u.control and u.loss_scale for this step, as the kernel prepare_step does."""
     scale = 1.0 if u.loss_scale is None else float(u.loss_scale[0])
     norm = sum_of_squares ** 0.5 / scale
-    skip = False
-    if u.loss_scale is not None:
+    skip = u.loss is not None and not abs(float(u.loss)) < float("inf")
+    if u.loss_scale is not None and not skip:
         skip = not sum_of_squares < float("inf")
         good = 0.0 if skip else float(u.loss_scale[1]) + 1
         if skip:

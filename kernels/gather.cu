@@ -4,6 +4,9 @@
 //     x       (n, h, w, c)        y       (n,)        cursor (2,): the place in order, the epoch
 //     table   (c, ENTRIES), what to write for each byte of a channel, for CUT and for NO_IMAGE
 //
+// Where the data set is streamed, images, labels and order hold `total` of its `streamed` images,
+// and order says which: image i of the batch is images[cursor[0] + i].
+//
 // Image i of the batch is images[order[cursor[0] + i]]. It is padded by `crop` pixels, a window of
 // h x w is taken from it, mirrored or not, and a square of `cutout` pixels a side is cut out of
 // that. What is drawn is a function of (key, number of the image, epoch) alone, so it does not
@@ -32,7 +35,7 @@ extern "C" __global__ void gather_batch(
     const scalar_t* __restrict__ table, scalar_t* __restrict__ x, long long* __restrict__ y,
     const unsigned char* __restrict__ images, const long long* __restrict__ labels,
     const long long* __restrict__ order, const long long* __restrict__ cursor,
-    long long total, int n, int h, int w, int c,
+    long long total, long long streamed, int n, int h, int w, int c,
     int crop, int reflect, int flip, int cutout, unsigned key0, unsigned key1)
 {
     const int groups = w * c / VEC;
@@ -40,8 +43,9 @@ extern "C" __global__ void gather_batch(
         Place p = place_of(i, h, groups, 1);
         long long place = cursor[0] + p.n, epoch = cursor[1];
         long long image = place >= 0 && place < total ? order[place] : -1;
-        bool exists = image >= 0 && image < total;
-        if (p.y == 0 && p.x == 0) y[p.n] = exists ? labels[image] : -1;
+        bool exists = image >= 0 && image < (streamed ? streamed : total);
+        long long lies = streamed ? place : image;
+        if (p.y == 0 && p.x == 0) y[p.n] = exists ? labels[lies] : -1;
 
         unsigned word[4] = {(unsigned)image, (unsigned)((unsigned long long)image >> 32),
                             (unsigned)epoch, (unsigned)((unsigned long long)epoch >> 32)};
@@ -60,7 +64,7 @@ extern "C" __global__ void gather_batch(
             if (!exists) entry = NO_IMAGE;
             else if (cut_row && at >= cut_left && at < cut_left + cutout) entry = CUT;
             else if (row >= 0 && column >= 0)
-                entry = images[offset_of((index_t)image, row, column, channel, h, w, c)];
+                entry = images[offset_of((index_t)lies, row, column, channel, h, w, c)];
             s.at[v] = table[channel * ENTRIES + entry];
             if (++channel == c) { channel = 0; ++at; }
         }

@@ -59,12 +59,13 @@ extern "C" __global__ void sum_of_squares(
 
 #define LEAST_SCALE 1.1754943508222875e-38  // 2^-126: float holds it and its inverse
 
-// control for this step, by one block. With a loss scale, a sum that is not finite skips the step
-// and halves the scale; `interval` good steps in a row double it (Micikevicius et al. 2018).
+// control for this step, by one block. A loss that is not finite skips it. With a loss scale, so does
+// a sum that is not finite, which halves the scale; `interval` good steps in a row double it
+// (Micikevicius et al. 2018).
 extern "C" __global__ void prepare_step(
     double* __restrict__ control, const double* __restrict__ partials_or_null, int n,
-    double* __restrict__ loss_scale_or_null, int interval, double limit,
-    double beta1, double beta2)
+    const accum_t* __restrict__ loss_or_null, double* __restrict__ loss_scale_or_null,
+    int interval, double limit, double beta1, double beta2)
 {
     __shared__ double of_warps[32];
     double sum = 0;
@@ -74,8 +75,8 @@ extern "C" __global__ void prepare_step(
 
     const double scale = loss_scale_or_null ? loss_scale_or_null[0] : 1;
     const double norm = sqrt(sum) / scale;
-    bool skip = false;
-    if (loss_scale_or_null) {
+    bool skip = loss_or_null && *loss_or_null - *loss_or_null != 0;
+    if (loss_scale_or_null && !skip) {
         skip = sum - sum != 0;  // inf or NaN
         double good = skip ? 0 : loss_scale_or_null[1] + 1;
         if (skip) loss_scale_or_null[0] = max(scale / 2, LEAST_SCALE);

@@ -23,7 +23,7 @@ from gpucnn.data import Augmentation, Dataset, Loader
 from gpucnn.files import write_atomically
 from gpucnn.models import MODELS, save_model
 from gpucnn.precision import PRECISIONS
-from gpucnn.training import check_finite, evaluate, train_step
+from gpucnn.training import TrainStep, check_finite, evaluate
 from gpucnn.viz import plot_confusion, plot_curves, require_matplotlib
 
 OPTIMIZERS = {
@@ -50,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--precision", choices=PRECISIONS, default="float32",
                    help="of activations and products; the mixed ones need a GPU, and tf32 is "
                         "float32 where there are no tensor cores (default: %(default)s)")
+    p.add_argument("--eager", action="store_true",
+                   help="launch each kernel of a step by itself; by default a step is one CUDA "
+                        "graph on a GPU")
     p.add_argument("--label-smoothing", type=cli.share, default=0.0, metavar="S",
                    help="share of each label given to all classes (default: %(default)s)")
     p.add_argument("--clip-norm", type=cli.positive_float, metavar="NORM",
@@ -96,6 +99,7 @@ def train(arguments: argparse.Namespace, backend: Backend, train_set: Dataset, t
     if arguments.learning_rate:
         options = options | {"learning_rate": arguments.learning_rate}
     optimizer = make_optimizer(model, clip_norm=arguments.clip_norm, loss_scale=scale, **options)
+    steps = TrainStep(model, loss, optimizer, capture=not arguments.eager)
     loader = Loader(train_set, arguments.batch_size, seed=arguments.seed, augmentation=Augmentation(
         crop=arguments.crop, flip=arguments.flip, cutout=arguments.cutout))
     test_loader = Loader(test_set, EVALUATION_BATCH)
@@ -112,7 +116,7 @@ def train(arguments: argparse.Namespace, backend: Backend, train_set: Dataset, t
     for epoch in range(1, arguments.epochs + 1):
         started = time.perf_counter()
         train_loss, train_accuracy = train_epoch(
-            model, loss, optimizer, loader, epoch, arguments, history, last_good)
+            steps, loader, epoch, arguments, history, last_good)
         training_seconds += time.perf_counter() - started
         test = evaluate(model, test_loader.epoch())
         for name, value in (("epoch", epoch), ("train_loss", train_loss),
@@ -139,6 +143,7 @@ def train(arguments: argparse.Namespace, backend: Backend, train_set: Dataset, t
         "optimizer": arguments.optimizer, "learning_rate": optimizer.learning_rate,
         "label_smoothing": arguments.label_smoothing, "clip_norm": arguments.clip_norm,
         "precision": arguments.precision,
+        "cuda_graphs": steps.capture and steps.not_captured is None,
         "crop": arguments.crop, "flip": arguments.flip, "cutout": arguments.cutout,
         "seed": arguments.seed, "train_set": train_set.name, "train_images": len(train_set),
         "test_images": len(test_set), "versions": {
@@ -146,7 +151,7 @@ def train(arguments: argparse.Namespace, backend: Backend, train_set: Dataset, t
             "numpy": np.__version__, backend.name: backend.xp.__version__}})
 
 
-def train_epoch(model, loss, optimizer, loader, epoch, arguments, history, last_good):
+def train_epoch(steps, loader, epoch, arguments, history, last_good):
     """One pass over the training set: its mean loss and accuracy."""
     from tqdm import tqdm
     seen = hits = 0
@@ -155,16 +160,16 @@ def train_epoch(model, loss, optimizer, loader, epoch, arguments, history, last_
     with tqdm(total=len(loader.dataset), desc=f"epoch {epoch}/{arguments.epochs}", unit=" images",
               bar_format="{desc} |{bar}| {remaining} left, {rate_fmt}{postfix}", disable=None,
               leave=False) as bar:
-        for step, (x, t) in enumerate(loader.epoch(epoch - 1), 1):
-            value, right = train_step(model, loss, optimizer, x, t)
-            check_finite(value, epoch=epoch, step=step, learning_rate=optimizer.learning_rate,
-                         last_good=last_good)
-            history["step"].append(optimizer.steps)
-            history["step_loss"].append(value)
-            seen, hits, total = seen + len(t), hits + right, total + value * len(t)
+        for step, result in enumerate(steps.epoch(loader, epoch - 1), 1):
+            check_finite(result.loss, epoch=epoch, step=step, last_good=last_good,
+                         learning_rate=steps.optimizer.learning_rate)
+            history["step"].append((epoch - 1) * len(loader) + step)
+            history["step_loss"].append(result.loss)
+            seen, hits = seen + result.images, hits + result.hits
+            total += result.loss * result.images
             bar.set_postfix_str(f"loss {total / seen:.4f}, accuracy {hits / seen:.4f}",
                                 refresh=False)
-            bar.update(len(t))
+            bar.update(result.images)
     return total / seen, hits / seen
 
 

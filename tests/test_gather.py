@@ -381,15 +381,43 @@ def test_two_epochs_at_once_do_not_meet(backend):
 def test_gather_goes_on_from_where_the_device_says(backend):
     """As a CUDA graph replays it: the same arrays each time, the next epoch copied into them."""
     loader = Loader(data_set((6, 5, 5, 1)), 2, seed=7, augmentation=AUGMENTATIONS["all"])
-    order, cursor = loader.start(0)
+    feed = loader.feed()
+    order, cursor = feed.order, feed.cursor
     for epoch in range(2):
-        for array, new in zip((order, cursor), loader.start(epoch)):
-            array[...] = new
+        assert feed.begin(epoch, 0) == [2, 2, 2]
         for x, y in batches(loader, epoch):
-            got_x, got_y = loader.gather(order, cursor, 2)
+            got_x, got_y = feed.gather(2)
             np.testing.assert_array_equal(backend.to_numpy(got_x), x)
             np.testing.assert_array_equal(backend.to_numpy(got_y), y)
         assert backend.to_numpy(cursor).tolist() == [6, epoch]
+        assert feed.order is order
+        assert feed.cursor is cursor
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+@pytest.mark.parametrize(("seed", "position"), [(7, 0), (7, 4), (2**64 - 1, 3)])
+def test_a_streamed_data_set_gives_the_same_batches(backend, augmentation, seed, position):
+    """All of them kept, so that none may lie in memory that the next one is written to."""
+    data = data_set((11, 5, 6, 3))
+    given = []
+    for streamed in (False, True):
+        loader = Loader(data, 4, seed=seed, augmentation=AUGMENTATIONS[augmentation],
+                        streamed=streamed)
+        given.append([batch for epoch in (0, 3) for batch in loader.epoch(epoch, position)])
+    assert len(given[0]) == 2 * -(-(11 - position) // 4)
+    for resident, streamed in zip(*given):
+        for want, got in zip(resident, streamed):
+            np.testing.assert_array_equal(backend.to_numpy(got), backend.to_numpy(want))
+
+
+def test_a_data_set_streams_where_the_gpu_has_no_room(backend, monkeypatch):
+    data = data_set((6, 5, 5, 1))
+    assert not Loader(data, 4).streamed
+    monkeypatch.setattr(type(backend), "free_bytes", lambda self: 2 * data.images.nbytes - 1)
+    assert Loader(data, 4).streamed
+    assert not Loader(data, 4, streamed=False).streamed
+    with pytest.raises(TypeError, match="^Loader: streamed must be True, False or None, got 'no'$"):
+        Loader(data, 4, streamed="no")
 
 
 def test_an_epoch_is_one_launch_a_batch(cupy_backend):
@@ -480,9 +508,13 @@ BUGS = {
     "the cursor is not read": ("gather.cu", "cursor[0] + p.n", "p.n"),
     "the order is not read": ("gather.cu", "order[place]", "place"),
     "a place past the end is read": ("gather.cu", "place >= 0 && place < total", "place >= 0"),
-    "an image past the end is read": ("gather.cu", "image >= 0 && image < total", "image >= 0"),
-    "labels of images that are missing are read": ("gather.cu", "exists ? labels[image] : -1",
-                                                   "labels[image]"),
+    "an image past the end is read": (
+        "gather.cu", "image >= 0 && image < (streamed ? streamed : total)", "image >= 0"),
+    "a streamed image counts as missing": ("gather.cu", "(streamed ? streamed : total)", "total"),
+    "a streamed image is looked for at its number": ("gather.cu", "lies = streamed ? place : image",
+                                                     "lies = image"),
+    "labels of images that are missing are read": ("gather.cu", "exists ? labels[lies] : -1",
+                                                   "labels[lies]"),
     "channels do not wrap": ("gather.cu", "if (++channel == c) { channel = 0; ++at; }", "++at;"),
     "every row writes the label": ("gather.cu", "if (p.y == 0 && p.x == 0) y", "if (p.x == 0) y"),
     "Philox has nine rounds": ("philox.cuh", "round < 10", "round < 9"),
@@ -498,14 +530,31 @@ def check_what_is_missing(backend):
         assert y[1:].tolist() == [-1, -1]
 
 
+def check_streamed(backend):
+    """The last images of a data set, as a batch of its own."""
+    data, order = data_set((9, 4, 4, 3)), np.array([8, 6, 7])
+    images, labels, numbers, cursor, table = (backend.asarray(a) for a in (
+        data.images[order], data.labels[order], order, np.array([0, 5]),
+        AUGMENTATIONS["all"].table(3, np.float32)))
+    x, y = backend.gather_batch(images, labels, numbers, cursor, 3, table, AUGMENTATIONS["all"],
+                                KEY, streamed=9)
+    want = gather(backend, data, order, 0, 3, AUGMENTATIONS["all"], epoch=5)
+    for got, wanted in zip((x, y), want):
+        np.testing.assert_array_equal(backend.to_numpy(got), wanted)
+
+
+def check_all(backend):
+    check_everything(backend)
+    check_what_is_missing(backend)
+    check_streamed(backend)
+
+
 @needs_simulator
 @pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
 def test_a_planted_bug_is_caught(cupy_backend, bug):
     with caught(*bug):
-        check_everything(cupy_backend)
-        check_what_is_missing(cupy_backend)
+        check_all(cupy_backend)
 
 
-def test_they_pass_where_no_bug_is_planted(cupy_backend):
-    check_everything(cupy_backend)
-    check_what_is_missing(cupy_backend)
+def test_they_pass_where_no_bug_is_planted(backend):
+    check_all(backend)

@@ -305,11 +305,12 @@ sys.exit(bool(missing))
 
 
 def test_a_graph_does_again_what_was_captured():
+    """And nothing before its launch."""
     x = fake_cupy.asarray(np.arange(8, dtype=np.float32))
-    y, total = fake_cupy.empty(8, np.float32), fake_cupy.zeros(8, np.float32)
-    kernel, stream = RawModule(code=SOURCE).get_function("scale"), fake_cupy.cuda.Stream(
-        non_blocking=True)
-    with stream:
+    y, total = fake_cupy.zeros(8, np.float32), fake_cupy.zeros(8, np.float32)
+    kernel, pool = RawModule(code=SOURCE).get_function("scale"), fake_cupy.cuda.MemoryPool()
+    stream = fake_cupy.cuda.Stream(non_blocking=True)
+    with stream, fake_cupy.cuda.using_allocator(pool.malloc):
         stream.begin_capture()
         kernel((1,), (8,), (x, y, np.float32(2), np.int32(8)))
         total += y + 1
@@ -317,13 +318,46 @@ def test_a_graph_does_again_what_was_captured():
         zeros = fake_cupy.zeros(8)
         zeros += 1
         graph = stream.end_capture()
-    total[...] = 0
+    assert not y.get().any()
+    assert not total.get().any()
+    assert np.isnan(doubles.get()).all()
+    assert pool.used_bytes() == 2 * (8 * 8 + 256), "with what aligns them"
     x += 1
     graph.launch(stream)
     graph.launch()
     np.testing.assert_array_equal(total.get(), 2 * (2 * np.arange(1, 9) + 1))
     np.testing.assert_array_equal(doubles.get(), np.arange(1, 9))
     np.testing.assert_array_equal(zeros.get(), np.ones(8))
+    del doubles, zeros
+    assert pool.used_bytes() == 0, "the graph keeps the memory, but no array"
+
+
+def test_a_graph_in_the_default_pool_is_refused():
+    """CuPy takes it, and gives its memory out again."""
+    x, stream = fake_cupy.zeros(8), fake_cupy.cuda.Stream(non_blocking=True)
+    stream.begin_capture()
+    try:
+        with pytest.raises(RuntimeError, match="^memory of the default pool in a graph"):
+            x + 1
+    finally:
+        stream.end_capture()
+
+
+def test_a_copy_on_another_stream_is_done_when_somebody_waits():
+    x, host = fake_cupy.zeros(2), np.ones(2)
+    copies, current = fake_cupy.cuda.Stream(non_blocking=True), fake_cupy.cuda.get_current_stream()
+    x.set(host, stream=copies)
+    event = copies.record()
+    host[1] = 5  # too early
+    assert not event.done
+    assert x.get().tolist() == [0, 0]
+    current.wait_event(event)
+    assert event.done
+    assert x.get().tolist() == [1, 5]
+    back = x.get(stream=copies, out=np.zeros(2), blocking=False)
+    assert back.tolist() == [0, 0]
+    copies.synchronize()
+    assert back.tolist() == [1, 5]
 
 
 @pytest.mark.parametrize("refused", [

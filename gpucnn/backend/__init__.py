@@ -45,6 +45,27 @@ class PassPlan(NamedTuple):
     workspace: int = 0
 
 
+class Fetch(Protocol):
+    """A copy of an array of the backend, on its way to the host."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it has arrived."""
+
+    def result(self) -> np.ndarray:
+        """The copy; waits for it."""
+
+
+class Upload(Protocol):
+    """Host arrays that are copied into arrays of the backend, again and again."""
+
+    def arrays(self) -> list[np.ndarray]:
+        """What send() will copy: to be filled."""
+
+    def send(self) -> None:
+        """Copy them; what is computed from now on finds them there. The host does not wait."""
+
+
 class Backend(Protocol):
     """The ops that have a kernel of ours. All else is `xp` code, which NumPy and CuPy share.
 
@@ -74,8 +95,39 @@ class Backend(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """An uninitialised C-contiguous array, in memory that was used before if there is any."""
 
+    def free_bytes(self) -> float:
+        """How much memory arrays can still take: infinity where they lie in the host's."""
+
+    @property
+    def captures(self) -> bool:
+        """Whether capture() makes CUDA graphs."""
+
     def capturing(self) -> bool:
         """Whether calls are captured into a CUDA graph now: nothing can be waited for then."""
+
+    def graph_memory(self) -> Any:
+        """What graphs that never run at the same time may share, to pass to capture()."""
+
+    def capture(self, work: Callable[[], Any], memory: Any = None) -> Callable[[], None]:
+        """A function that does again what work() does: on a GPU a CUDA graph of its launches.
+
+        On the CPU it is work() itself. On a GPU work() must have run before, for its kernels to be
+        compiled, and is called once more; nothing is computed before the graph is launched. Arrays
+        that it reads must stay where they are, and what it returns elsewhere is written anew by
+        each launch. Raises what CuPy raises against what cannot be captured.
+        """
+
+    def fetch(self, a: Array) -> Fetch:
+        """Begin to copy what a holds now to the host; what is computed next need not wait."""
+
+    def upload(self, targets: Sequence[Array]) -> Upload:
+        """To fill arrays of the backend from the host while it computes."""
+
+    def record_step(self, loss: Array, hits: Array, ring: Array, count: Array) -> None:
+        """Write loss () and hits () to row count[0] % len(ring) of ring (rows, 2), doubles.
+
+        count (1,) int64 is then one more.
+        """
 
     def blocks(self, n: int, item_bytes: int, least_bytes: int = 0) -> list[slice]:
         """n items in blocks of about block_bytes, or of `least_bytes` where that is more.
@@ -188,12 +240,15 @@ class Backend(Protocol):
         """
 
     def gather_batch(self, images: Array, labels: Array, order: Array, cursor: Array, n: int,
-                     table: Array, augmentation: Augmentation, key: int) -> tuple[Array, Array]:
+                     table: Array, augmentation: Augmentation, key: int, streamed: int = 0
+                     ) -> tuple[Array, Array]:
         """A batch of a data set, augmented: x (n, h, w, c) of the dtype of the table, y (n,) int64.
 
         images (total, h, w, c) uint8; labels and order (total,) int64; cursor (2,) int64, the place
             in the order where the batch begins and the epoch, read where they lie: no launch
             depends on them.
+        streamed: 0; or how many images the data set has, where `images` and `labels` are only
+            those whose numbers are in `order`, one for one.
         table: Augmentation.table. key: image i of epoch e draws words 4 i to 4 i + 3 of stream e.
 
         An image that is not there, or a place past the end of the order, gives NaN and label -1.
@@ -238,7 +293,7 @@ class Backend(Protocol):
         """Doubles (any number,) whose sum is that of the squares of g (size,)."""
 
     def apply_update(self, u: Update) -> None:
-        """One step of an optimiser."""
+        """One step of an optimiser; without effect where its loss is not finite."""
 
 
 def get_backend() -> Backend:

@@ -11,21 +11,24 @@ from gpucnn.rng import philox4x32, words_of
 
 def gather_batch(backend: Backend, images: np.ndarray, labels: np.ndarray, order: np.ndarray,
                  cursor: np.ndarray, n: int, table: np.ndarray, augmentation: Augmentation,
-                 key: int) -> tuple[np.ndarray, np.ndarray]:
+                 key: int, streamed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """As in Backend. The table is left to GPUs: arithmetic is faster here, and is the same."""
-    total, h, w, c = images.shape
+    _, h, w, c = images.shape
+    total = streamed or len(images)
     x, y = backend.empty((n, h, w, c), table.dtype), backend.empty((n,), np.int64)
     places = cursor[0] + np.arange(n)
-    chosen = np.where((places >= 0) & (places < total), order.take(places, mode="clip"), -1)
+    chosen = np.where((places >= 0) & (places < len(order)), order.take(places, mode="clip"), -1)
     exists = (chosen >= 0) & (chosen < total)
-    y[...] = np.where(exists, labels.take(chosen, mode="clip"), -1)
+    lies = np.where(exists, places if streamed else chosen, 0)
+    y[...] = np.where(exists, labels[lies], -1)
 
     def gather(part: slice) -> None:
-        here = np.where(exists[part], chosen[part], 0)
+        pixels = images[lies[part]]
         if augmentation.draws:
-            _augment(images, here, _draw(here, int(cursor[1]), key), augmentation, x[part])
+            words = _draw(chosen[part], int(cursor[1]), key)
+            _augment(pixels, words, augmentation, x[part])
         else:
-            augmentation.normalise(images[here], out=x[part])
+            augmentation.normalise(pixels, out=x[part])
         x[part][~exists[part]] = np.nan
 
     backend.for_each(gather, backend.blocks(n, h * w * c * (2 + x.itemsize)))
@@ -40,11 +43,11 @@ def _draw(chosen: np.ndarray, epoch: int, key: int) -> np.ndarray:
     return philox4x32(counter, words_of(key))
 
 
-def _augment(images: np.ndarray, chosen: np.ndarray, words: np.ndarray,
-             augmentation: Augmentation, x: np.ndarray) -> None:
-    """Write the chosen (m,) images to x (m, h, w, c), as the words (m, 4) say."""
+def _augment(pixels: np.ndarray, words: np.ndarray, augmentation: Augmentation, x: np.ndarray
+             ) -> None:
+    """Write the images (m, h, w, c) to x, of their shape, as the words (m, 4) say."""
     m, h, w, _ = x.shape
-    pixels, crop, cutout = images[chosen], augmentation.crop, augmentation.cutout
+    crop, cutout = augmentation.crop, augmentation.cutout
     if crop:
         padded = np.pad(pixels, ((0, 0), (crop, crop), (crop, crop), (0, 0)),
                         mode="reflect" if augmentation.padding == "reflect" else "constant")

@@ -17,6 +17,8 @@ from gpucnn.backend import (
     convolution_algorithm,
     cuda_batch_norm,
     cuda_convolution,
+    cuda_copies,
+    cuda_graph,
 )
 from gpucnn.backend.cuda_convolution import (
     Problem,
@@ -43,6 +45,7 @@ _over_rows = Kernel("softmax_cross_entropy.cu", "over_rows")
 _sum_of_squares = Kernel("optimizer.cu", "sum_of_squares")
 _prepare_step = Kernel("optimizer.cu", "prepare_step")
 _update = Kernel("optimizer.cu", "update")
+_record_step = Kernel("record_step.cu", "record_step")
 
 WARP = 32
 WARP_CLASSES = 128  # more than these are work for a whole block
@@ -52,6 +55,7 @@ MAX_PARTIALS = 1024
 class CupyBackend:
     name = "cupy"
     xp = cupy
+    captures = True
     block_bytes = 256 << 20  # large enough to fill a GPU, small beside its memory
 
     def asarray(self, a: Any, dtype: Any = None) -> Any:
@@ -63,8 +67,27 @@ class CupyBackend:
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return cupy.empty(shape, dtype)  # CuPy's memory pool reuses what is free
 
+    def free_bytes(self) -> float:
+        free, _ = cupy.cuda.runtime.memGetInfo()
+        return float(free + cupy.get_default_memory_pool().free_bytes())
+
     def capturing(self) -> bool:
         return bool(cupy.cuda.get_current_stream().is_capturing())
+
+    def graph_memory(self) -> cuda_graph.GraphMemory:
+        return cuda_graph.GraphMemory()
+
+    def capture(self, work: Callable[[], Any], memory: Any = None) -> Callable[[], None]:
+        return cuda_graph.capture(work, memory or self.graph_memory())
+
+    def fetch(self, a: Any) -> cuda_copies.Fetch:
+        return cuda_copies.Fetch(a)
+
+    def upload(self, targets: Sequence[Any]) -> cuda_copies.Upload:
+        return cuda_copies.Upload(targets)
+
+    def record_step(self, loss: Any, hits: Any, ring: Any, count: Any) -> None:
+        _record_step.launch(1, 1, loss, hits, ring, count, len(ring))
 
     def blocks(self, n: int, item_bytes: int, least_bytes: int = 0) -> list[slice]:
         return blocks_of(n, max(self.block_bytes, least_bytes) // max(1, item_bytes))
@@ -238,12 +261,13 @@ class CupyBackend:
         return y
 
     def gather_batch(self, images: Any, labels: Any, order: Any, cursor: Any, n: int, table: Any,
-                     augmentation: Augmentation, key: int) -> tuple[Any, Any]:
+                     augmentation: Augmentation, key: int, streamed: int = 0
+                     ) -> tuple[Any, Any]:
         total, h, w, c = images.shape
         x, y = cupy.empty((n, h, w, c), table.dtype), cupy.empty((n,), np.int64)
         vec = _channels_at_once(w * c, (x, table))
-        _gather_batch(x.size // vec, table, x, y, images, labels, order, cursor, total, n, h, w, c,
-                      augmentation.crop, int(augmentation.padding == "reflect"),
+        _gather_batch(x.size // vec, table, x, y, images, labels, order, cursor, total, streamed,
+                      n, h, w, c, augmentation.crop, int(augmentation.padding == "reflect"),
                       int(augmentation.flip), augmentation.cutout, *words_of(key), vec=vec)
         return x, y
 
@@ -294,9 +318,10 @@ class CupyBackend:
         rule = u.rule or update.Rule(update.DESCENT)
         partials = self.sum_of_squares(u.g) if u.needs_norm else None
         _prepare_step.launch(
-            1, BLOCK, u.control, partials, 0 if partials is None else partials.size, u.loss_scale,
-            u.growth_interval, float("inf") if u.clip_norm is None else float(u.clip_norm),
-            float(rule.beta1), float(rule.beta2))
+            1, BLOCK, u.control, partials, 0 if partials is None else partials.size, u.loss,
+            u.loss_scale, u.growth_interval,
+            float("inf") if u.clip_norm is None else float(u.clip_norm), float(rule.beta1),
+            float(rule.beta2))
         if u.rule is None:
             update.apply(self, u)
             return

@@ -16,8 +16,10 @@ from gpucnn import convolution, update
 from gpucnn.activations import LEAKY_SLOPE, activate, activation_backward
 from gpucnn.augmentation import Augmentation
 from gpucnn.backend import (
+    Fetch,
     Moments,
     PassPlan,
+    Upload,
     batch_gather,
     batch_norm,
     convolution_algorithm,
@@ -44,9 +46,35 @@ DROPOUT_BLOCK = 1 << 17  # elements
 SQUARES_BLOCK = 1 << 16  # elements
 
 
+class _Fetched:
+    """A copy that is there at once."""
+
+    done = True
+
+    def __init__(self, array: np.ndarray):
+        self._copy = array.copy()
+
+    def result(self) -> np.ndarray:
+        return self._copy
+
+
+class _Targets:
+    """Arrays that are filled where they are."""
+
+    def __init__(self, targets: Sequence[np.ndarray]):
+        self._targets = list(targets)
+
+    def arrays(self) -> list[np.ndarray]:
+        return self._targets
+
+    def send(self) -> None:
+        pass
+
+
 class NumpyBackend:
     name = "numpy"
     xp = np
+    captures = False
     block_bytes = 3 << 20  # fits a core's share of the cache, and is worth waking a thread for
 
     def __init__(self) -> None:
@@ -61,8 +89,28 @@ class NumpyBackend:
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         return self._recycler.empty(shape, dtype)
 
+    def free_bytes(self) -> float:
+        return float("inf")
+
     def capturing(self) -> bool:
         return False
+
+    def graph_memory(self) -> None:
+        return None
+
+    def capture(self, work: Callable[[], Any], memory: Any = None) -> Callable[[], None]:
+        return work
+
+    def fetch(self, a: np.ndarray) -> Fetch:
+        return _Fetched(a)
+
+    def upload(self, targets: Sequence[np.ndarray]) -> Upload:
+        return _Targets(targets)
+
+    def record_step(self, loss: np.ndarray, hits: np.ndarray, ring: np.ndarray,
+                    count: np.ndarray) -> None:
+        ring[count[0] % len(ring)] = loss, hits
+        count += 1
 
     def blocks(self, n: int, item_bytes: int, least_bytes: int = 0) -> list[slice]:
         count = max(1, -(-n * item_bytes // max(self.block_bytes, least_bytes)))
@@ -293,9 +341,9 @@ class NumpyBackend:
 
     def gather_batch(self, images: np.ndarray, labels: np.ndarray, order: np.ndarray,
                      cursor: np.ndarray, n: int, table: np.ndarray, augmentation: Augmentation,
-                     key: int) -> tuple[np.ndarray, np.ndarray]:
+                     key: int, streamed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         return batch_gather.gather_batch(self, images, labels, order, cursor, n, table,
-                                         augmentation, key)
+                                         augmentation, key, streamed)
 
     def batch_norm_statistics(self, x: np.ndarray, running_mean: np.ndarray,
                               running_var: np.ndarray, momentum: float,

@@ -9,6 +9,7 @@ import numpy as np
 from gpucnn.augmentation import Augmentation
 from gpucnn.backend import Array, get_backend
 from gpucnn.data.dataset import Dataset
+from gpucnn.data.feed import Feed, ResidentFeed, StreamedFeed
 from gpucnn.geometry import is_int
 
 # What a model of the same seed draws has other high bits: see gpucnn.layers.base.
@@ -35,6 +36,10 @@ class Loader:
     The data set is moved there once, as bytes; a batch is one kernel. x is (m, h, w, c) of `dtype`,
     y int64 (m,), where m is batch_size but for a shorter last batch.
 
+    streamed: whether the data set stays on the host, and each batch is copied to the GPU while it
+        computes the one before. None: where it would take more than half of the GPU's free memory.
+        The batches are the same; on the CPU there is nothing to choose.
+
     seed: None keeps the order of the data set; an int from 0 to 2**64 - 1 shuffles it anew
         in each epoch.
     augmentation: what is done to each image; without one x is pixel / 255. What is drawn depends on
@@ -45,7 +50,8 @@ class Loader:
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, *, seed: int | None = None,
-                 augmentation: Augmentation | None = None, dtype: Any = np.float32) -> None:
+                 augmentation: Augmentation | None = None, dtype: Any = np.float32,
+                 streamed: bool | None = None) -> None:
         _check_int("batch_size", batch_size, 1)
         if seed is not None:
             _check_int("seed", seed, 0)
@@ -60,14 +66,20 @@ class Loader:
         if seed is None and self.augmentation.draws:
             raise ValueError("Loader: an augmentation that draws random numbers needs a seed")
         self.augmentation.check_fits(*dataset.images.shape[1:])
+        if not isinstance(streamed, (bool, type(None))):
+            raise TypeError(f"Loader: streamed must be True, False or None, got {streamed!r}")
         self.dataset = dataset
         self.batch_size = int(batch_size)
         self.seed = seed
         self.backend = get_backend()
-        self._images = self.backend.asarray(dataset.images)
-        self._labels = self.backend.asarray(dataset.labels, np.int64)
-        self._table = self.backend.asarray(
+        self.key = _AUGMENTATION_KEYS ^ (self.seed or 0)
+        self.table = self.backend.asarray(
             self.augmentation.table(dataset.images.shape[3], self.dtype))
+        self.streamed = dataset.images.nbytes > self.backend.free_bytes() / 2 \
+            if streamed is None else streamed
+        if not self.streamed:
+            self.images = self.backend.asarray(dataset.images)
+            self.labels = self.backend.asarray(dataset.labels, np.int64)
 
     def __len__(self) -> int:
         """The number of batches in an epoch."""
@@ -79,40 +91,25 @@ class Loader:
         position: how many images to leave out at the start, to go on with an epoch that was
             interrupted: a multiple of batch_size gives the batches that it would have given.
         """
-        order, cursor = self.start(number, position)
-        return (self.gather(order, cursor, min(self.batch_size, len(self.dataset) - at))
-                for at in range(position, len(self.dataset), self.batch_size))
+        feed = self.feed()
+        return _batches(feed, feed.begin(number, position))
 
-    def start(self, number: int = 0, position: int = 0) -> tuple[Array, Array]:
-        """order (n,) and cursor (2,), int64 on the backend: what gather() reads.
+    def feed(self) -> Feed:
+        """What gathers the batches, in arrays of its own: for TrainStep, which captures it."""
+        return StreamedFeed(self) if self.streamed else ResidentFeed(self)
 
-        order holds the numbers of the images as epoch `number` visits them, cursor the position
-        in it and the epoch.
-        """
-        _check_int("epoch", number, 0)
+    def sizes(self, position: int = 0) -> list[int]:
+        """Of the batches from an image on. Raises TypeError and ValueError for a wrong position."""
         _check_int("position", position, 0)
         n = len(self.dataset)
         if position > n:
             raise ValueError(f"Loader: position must be <= {n}, the number of images, got "
                              f"{position}")
-        cursor = np.array([position, number], np.uint64).view(np.int64)
-        return self.backend.asarray(self._order(number)), self.backend.asarray(cursor)
+        return [min(self.batch_size, n - at) for at in range(position, n, self.batch_size)]
 
-    def gather(self, order: Array, cursor: Array, size: int) -> tuple[Array, Array]:
-        """The next `size` images and labels at the cursor, which is advanced by as many.
-
-        Nothing waits for the device or depends on its memory: a CUDA graph that has captured the
-        call goes through the epoch as it is replayed, and through another once that one's start()
-        is copied into the same two arrays. An image that is not in the data set, or past the end
-        of the order, gives NaN and the label -1: a device cannot raise an error.
-        """
-        batch = self.backend.gather_batch(
-            self._images, self._labels, order, cursor, size, self._table, self.augmentation,
-            _AUGMENTATION_KEYS ^ (self.seed or 0))
-        cursor[:1] += size
-        return batch
-
-    def _order(self, number: int) -> np.ndarray:
+    def order(self, number: int) -> np.ndarray:
+        """The numbers of the images as epoch `number` visits them: (n,) int64."""
+        _check_int("epoch", number, 0)
         n = len(self.dataset)
         if self.seed is None:
             return np.arange(n, dtype=np.int64)
@@ -120,6 +117,12 @@ class Loader:
         # for Generator.permutation (NEP 19). So: sort by random keys.
         philox = np.random.Philox(key=np.array([self.seed, number], np.uint64))
         return np.argsort(philox.random_raw(n), kind="stable").astype(np.int64, copy=False)
+
+
+def _batches(feed: Feed, sizes: list[int]) -> Iterator[tuple[Array, Array]]:
+    for size in sizes:
+        feed.advance(size)
+        yield feed.gather(size)
 
 
 def _check_int(name: str, value: int, least: int) -> None:

@@ -230,7 +230,7 @@ class Layer:
 
     def config(self) -> dict[str, Any]:
         """The arguments that make this layer again, its class included; JSON can hold them."""
-        arguments = {name: getattr(self, name) for name in _argument_names(type(self))}
+        arguments = {name: getattr(self, name) for name in argument_names(type(self))}
         return {"class": type(self).__name__, **{k: _plain(v) for k, v in arguments.items()}}
 
     @property
@@ -360,7 +360,7 @@ def _join(path: str, name: str) -> str:
     return f"{path}/{name}" if path else name
 
 
-def _argument_names(cls: type) -> list[str]:
+def argument_names(cls: type) -> list[str]:
     """The constructor's arguments, those that it passes on to Layer included."""
     names = [n for n, p in inspect.signature(cls).parameters.items()
              if p.kind is not inspect.Parameter.VAR_KEYWORD]

@@ -4,12 +4,15 @@ from __future__ import annotations
 from gpucnn.layers import BatchNorm, Conv2D, Dense, GlobalAvgPool2D, Layer, Residual, Sequential
 
 
-def resnet18(classes: int = 10) -> Sequential:
-    """He, Zhang, Ren and Sun 2016, in the usual form for 32x32 images: a 3x3 stem, no pooling."""
-    layers: list[Layer] = [_conv(64), BatchNorm(activation="relu")]
-    channels = 64
-    for filters, stride in ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),
-                            (512, 1)):
+def resnet18(classes: int = 10, width: int = 64) -> Sequential:
+    """He, Zhang, Ren and Sun 2016, in the usual form for 32x32 images: a 3x3 stem, no pooling.
+
+    width: filters of the first convolutions; the last have eight times as many.
+    """
+    layers: list[Layer] = [_conv(width), BatchNorm(activation="relu")]
+    channels = width
+    for times, stride in ((1, 1), (1, 1), (2, 2), (2, 1), (4, 2), (4, 1), (8, 2), (8, 1)):
+        filters = times * width
         layers.append(_block(filters, stride, project=filters != channels))
         channels = filters
     return Sequential([*layers, GlobalAvgPool2D(), Dense(classes)])

@@ -1,4 +1,6 @@
 """Training, evaluation and prediction of a built model."""
-from gpucnn.training.loop import Evaluation, check_finite, evaluate, predict, train_step
+from gpucnn.training.evaluation import Evaluation, check_finite, evaluate, predict
+from gpucnn.training.step import StepResult, TrainStep, train_step
 
-__all__ = ["Evaluation", "check_finite", "evaluate", "predict", "train_step"]
+__all__ = ["Evaluation", "StepResult", "TrainStep", "check_finite", "evaluate", "predict",
+           "train_step"]

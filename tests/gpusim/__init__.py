@@ -18,3 +18,4 @@ def install() -> None:
         del sys.modules[name]
     sys.modules["cupy"] = fake_cupy
     sys.modules["cupy.cuda"] = fake_cupy.cuda
+    sys.modules["cupyx"] = fake_cupy.cupyx

@@ -3,8 +3,13 @@
 It is stricter than CuPy: each argument of a kernel is checked against the kernel's C signature, and
 nothing is converted between NumPy and the device unasked. Functions that are not here are NumPy's.
 
-What is done between begin_capture() and end_capture() is done at once, and again by each launch of
-the graph. Until then what CuPy refuses there is refused: copies from and to the host, and cuBLAS.
+What is called between begin_capture() and end_capture() is done by each launch of the graph, and
+not before: end_capture() puts back all that was written. Until then what CuPy refuses is refused:
+copies from and to the host, and cuBLAS. So is memory of the default pool, which would be given out
+again.
+
+A copy on another stream is done when somebody waits for it, and not before, so that what should
+have waited gives wrong results.
 """
 from __future__ import annotations
 
@@ -14,7 +19,8 @@ import os
 import re
 import time
 import types
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,7 +30,7 @@ from tests.gpusim import engine
 
 __version__ = f"{np.__version__}+gpusim"
 launches: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []  # (kernel, grid, block)
-capturing: list[Callable[[], Any]] | None = None  # what the graph that is captured now does
+capturing: _Capture | None = None  # the graph that is captured now
 options: dict[str, Any] = {"order": "ascending", "seed": 0}  # in which the threads of a block start
 
 _ALIGNMENT = 256                  # bytes, of CUDA's allocations
@@ -38,7 +44,7 @@ class ndarray(NDArrayOperatorsMixin):
     """An array "on the device": one that plain NumPy code cannot reach by accident."""
 
     __module__ = "cupy"
-    __slots__ = ("_host",)
+    __slots__ = ("__weakref__", "_host")
     __array_priority__ = 100
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
@@ -103,13 +109,19 @@ class ndarray(NDArrayOperatorsMixin):
     def __dlpack_device__(self):
         return self._host.__dlpack_device__()
 
-    def get(self):
+    def get(self, stream=None, *, out=None, blocking=True):
         _refuse_in_a_graph()
-        return self._host.copy()
+        out = np.empty(self.shape, self.dtype) if out is None else out
+        _copy_on(stream, lambda: np.copyto(out, self._host))
+        if blocking and stream is not None:
+            stream.synchronize()
+        return out
 
-    def set(self, array):
+    def set(self, array, stream=None):
         _refuse_in_a_graph()
-        self._host[...] = array
+        if array.dtype != self.dtype or array.shape != self.shape:
+            raise TypeError(f"{array.dtype} {array.shape} array set to {self.dtype} {self.shape}")
+        _copy_on(stream, lambda: np.copyto(self._host, array))
 
     @property
     def data(self):
@@ -126,6 +138,8 @@ def _wrap(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         array = object.__new__(ndarray)
         array._host = _align(value)
+        if _pool is not None:
+            _pool.arrays.append(weakref.ref(array))
         return array
     return type(value)(map(_wrap, value)) if type(value) in (tuple, list) else value
 
@@ -141,10 +155,27 @@ def _unwrap(value: Any) -> Any:
 def _do(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """What the function of NumPy makes of the arrays; a graph that is captured does it again."""
     args, kwargs = _unwrap(tuple(args)), _unwrap(kwargs)
-    result = _wrap(function(*args, **kwargs))
+    given = list(_arrays_in((getattr(function, "__self__", None), args, kwargs)))
     if capturing is not None:
-        capturing.append(lambda: _copy(function(*args, **kwargs), result))
+        capturing.keep(given)
+    result = _wrap(function(*args, **kwargs))
+    for array in _arrays_in(_unwrap(result)):
+        if not any(np.may_share_memory(array, a) for a in given):
+            _note_allocation(array)
+    if capturing is not None:
+        written = _unwrap(result)
+        capturing.steps.append(lambda: _copy(function(*args, **kwargs), written))
     return result
+
+
+def _arrays_in(value: Any) -> Iterator[np.ndarray]:
+    if isinstance(value, np.ndarray):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _arrays_in(item)
+    elif isinstance(value, dict):
+        yield from _arrays_in(list(value.values()))
 
 
 def _copy(new: Any, old: Any) -> None:
@@ -152,8 +183,8 @@ def _copy(new: Any, old: Any) -> None:
     if isinstance(new, (tuple, list)):
         for pair in zip(new, old):
             _copy(*pair)
-    elif isinstance(old, ndarray) and not np.may_share_memory(new, old._host):
-        old._host[...] = new
+    elif isinstance(old, np.ndarray) and not np.may_share_memory(new, old):
+        old[...] = new
 
 
 def _refuse_in_a_graph() -> None:
@@ -184,9 +215,32 @@ def empty(shape, dtype=float, order="C"):
     """Holds NaN and -1: a value that no kernel wrote shows."""
     array = np.empty(shape, dtype, order)
     array = _align(array)
-    if array.size:
-        array.reshape(-1).view(np.uint8)[...] = 0xFF
+    _poison(array)
+    _note_allocation(array)
     return _wrap(array)
+
+
+def _poison(array: np.ndarray) -> None:
+    if array.size and array.flags.c_contiguous:
+        array.reshape(-1).view(np.uint8)[...] = 0xFF
+
+
+def _note_allocation(array: np.ndarray) -> None:
+    """array: new, and not a view. Its memory belongs to the pool in use."""
+    if capturing is not None:
+        if _pool is None:
+            raise RuntimeError("memory of the default pool in a graph: it is given out again once "
+                               "the graph is captured; use using_allocator(MemoryPool().malloc)")
+        capturing.made.append(array)
+    if _pool is not None:
+        _pool.memory.append(_root(array))
+
+
+def _root(array: np.ndarray) -> np.ndarray:
+    """The array that owns the memory."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
 
 
 def empty_like(array, dtype=None):
@@ -286,16 +340,19 @@ class RawKernel:
         values = [self._value(i, arg, code, regions)
                   for i, (arg, code) in enumerate(zip(args, self._signature))]
         merged = _merge(self.name, regions)
+        hosts = [a._host for a in args if isinstance(a, ndarray)]
 
         def launch():
-            assert args  # keeps the arrays alive
+            assert hosts is not None  # keeps them alive
             launches.append((self.name, grid, block))
             self._module.launch(self.name, grid, block, [v.ctypes.data for v in values], merged,
                                 shared_mem, **options)
 
+        if capturing is not None:
+            capturing.keep(hosts)
         launch()
         if capturing is not None:
-            capturing.append(launch)
+            capturing.steps.append(launch)
 
     def _value(self, number: int, arg: Any, code: str, regions: list) -> np.ndarray:
         """The bytes that the kernel receives; for an array, its address. Notes its memory."""
@@ -375,16 +432,24 @@ class _Device:
 
 
 class _Event:
-    """The host's clock: a launch has ended when it returns."""
+    """The host's clock: a launch has ended when it returns. A copy on another stream has not."""
 
     def __init__(self, *args, **kwargs):
         self.seconds = 0.0
+        self._stream, self._copies = None, 0  # how many of the stream's copies come before it
 
     def record(self, stream=None):
         self.seconds = time.perf_counter()
+        self._stream = stream
+        self._copies = 0 if stream is None else stream.copied + len(stream.copies)
+
+    @property
+    def done(self):
+        return self._stream is None or self._stream.copied >= self._copies
 
     def synchronize(self):
-        pass
+        if self._stream is not None:
+            self._stream.copy_until(self._copies)
 
 
 class _Stream:
@@ -392,15 +457,33 @@ class _Stream:
 
     def __init__(self, *, non_blocking=False):
         self.non_blocking = non_blocking
+        self.copies: list[Callable[[], Any]] = []  # that nobody has waited for
+        self.copied = 0
 
     def __enter__(self):
+        _streams.append(self)
         return self
 
     def __exit__(self, *error):
-        pass
+        _streams.pop()
+
+    def copy_until(self, count):
+        while self.copied < count:
+            self.copied += 1
+            self.copies.pop(0)()
 
     def synchronize(self):
         _refuse_in_a_graph()
+        self.copy_until(self.copied + len(self.copies))
+
+    def record(self, event=None):
+        event = _Event() if event is None else event
+        event.record(self)
+        return event
+
+    def wait_event(self, event):
+        """A stream that waits for copies finds them done."""
+        event.synchronize()
 
     def is_capturing(self):
         return capturing is not None
@@ -409,13 +492,43 @@ class _Stream:
         global capturing
         if not self.non_blocking:
             raise RuntimeError("cannot capture on the default (legacy) stream")
-        capturing = []
+        capturing = _Capture()
 
     def end_capture(self):
         global capturing
         assert capturing is not None
-        graph, capturing = _Graph(capturing), None
-        return graph
+        captured, capturing = capturing, None
+        captured.undo()
+        return _Graph(captured.steps)
+
+
+_streams = [_Stream()]  # the last one is in use
+
+
+def _copy_on(stream: _Stream | None, copy: Callable[[], Any]) -> None:
+    if stream is None:
+        copy()
+    else:
+        stream.copies.append(copy)
+
+
+class _Capture:
+    """What a graph does, and what its steps have written so far: they were done to know shapes."""
+
+    def __init__(self):
+        self.steps: list[Callable[[], Any]] = []
+        self.made: list[np.ndarray] = []
+        self.before: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def keep(self, arrays: list[np.ndarray]) -> None:
+        """Note what is in arrays that the next step may write."""
+        self.before += [(a, a.copy()) for a in arrays if a.flags.writeable]
+
+    def undo(self) -> None:
+        for array, content in reversed(self.before):
+            array[...] = content
+        for array in self.made:
+            _poison(array)
 
 
 class _Graph:
@@ -428,11 +541,39 @@ class _Graph:
 
 
 class _MemoryPool:
+    """Its memory comes from NumPy, and is kept. It knows the arrays that were made of it, and all
+    others that were made while it was in use, which may be views of those."""
+
+    def __init__(self, allocator=None):
+        self.memory: list[np.ndarray] = []
+        self.arrays: list[weakref.ref] = []
+
     def malloc(self, size):
         raise NotImplementedError("the stand-in's memory comes from NumPy")
 
+    def used_bytes(self):
+        alive = (ref() for ref in self.arrays)
+        used = {id(_root(array._host)) for array in alive if array is not None}
+        return sum(memory.nbytes for memory in self.memory if id(memory) in used)
+
+    def free_bytes(self):
+        return 0
+
     def free_all_blocks(self):
         pass
+
+
+_pool: _MemoryPool | None = None  # in use; None for the default one
+
+
+@contextlib.contextmanager
+def _using_allocator(allocator: Callable[[int], Any]) -> Iterator[None]:
+    global _pool
+    before, _pool = _pool, allocator.__self__  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        _pool = before
 
 
 def _device_properties(number: int) -> dict[str, Any]:
@@ -445,9 +586,10 @@ cuda.Device, cuda.Event, cuda.Stream = _Device, _Event, _Stream  # type: ignore[
 cuda.is_available = lambda: True  # type: ignore[attr-defined]
 cuda.get_elapsed_time = (  # type: ignore[attr-defined]
     lambda start, end: 1e3 * (end.seconds - start.seconds))
-cuda.get_current_stream = _Stream  # type: ignore[attr-defined]
+cuda.get_current_stream = lambda: _streams[-1]  # type: ignore[attr-defined]
 cuda.MemoryPool = _MemoryPool  # type: ignore[attr-defined]
-cuda.using_allocator = lambda allocator: contextlib.nullcontext()  # type: ignore[attr-defined]
+cuda.using_allocator = _using_allocator  # type: ignore[attr-defined]
+cuda.Memory, cuda.MemoryPointer = object, object  # type: ignore[attr-defined]
 cuda.compiler = types.SimpleNamespace(  # type: ignore[attr-defined]
     CompileException=CompileException)
 cuda.memory = types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)  # type: ignore[attr-defined]
@@ -460,3 +602,6 @@ cuda.runtime = types.SimpleNamespace(  # type: ignore[attr-defined]
     CUDARuntimeError=CUDARuntimeError, getDeviceCount=lambda: 1, driverGetVersion=lambda: 13000,
     runtimeGetVersion=lambda: 13000, getDeviceProperties=_device_properties,
     memGetInfo=lambda: (1 << 34, 1 << 34))
+
+cupyx = types.ModuleType("cupyx")
+cupyx.empty_pinned = lambda shape, dtype: np.empty(shape, dtype)  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
-"""One step of training, and what is measured between the steps."""
+"""What is measured between the steps of training: loss, predictions, probabilities."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,39 +12,9 @@ from gpucnn.layers import Layer
 from gpucnn.losses import SoftmaxCrossEntropy
 from gpucnn.numerics import log_softmax
 from gpucnn.ops import as_array
-from gpucnn.optim import Optimizer
+from gpucnn.training.step import receive
 
-Loss = Callable[[Array, Array], tuple[Array, Array]]
 Batches = Iterable[tuple[Array, Array]]
-
-
-def train_step(model: Layer, loss: Loss, optimizer: Optimizer, x: Any, t: Any
-               ) -> tuple[float, int]:
-    """Forward, backward and update on one batch.
-
-    x: (n, h, w, c) images, moved to the model's backend if they come from the host.
-    t: (n,) labels, as the loss takes them; those of gpucnn.losses take them from the host too.
-
-    Returns (mean loss, how many of the n were classified right before the update). The update is
-    left out where the loss is not finite: the caller decides what then (check_finite).
-
-    Raises ValueError where the loss and the optimizer have not the same loss scale.
-    """
-    if hasattr(loss, "loss_scale") and loss.loss_scale is not optimizer.loss_scale:
-        raise ValueError("the loss and the optimizer have different loss scales; give both the "
-                         "same optim.LossScale, or neither")
-    with np.errstate(over="ignore", invalid="ignore"):  # the loss shows it
-        logits = model.forward(_receive(model, x), training=True)
-        if type(loss) is SoftmaxCrossEntropy:  # a subclass may compute another loss
-            value, dlogits, hits = loss.with_hits(logits, t)
-        else:
-            value, dlogits = loss(logits, t)
-            hits = (logits.argmax(axis=1) == model.backend.asarray(t)).sum()
-    if not np.isfinite(float(value)):
-        return float(value), int(hits)
-    model.backward_parameters(dlogits)
-    optimizer.step()
-    return float(value), int(hits)
 
 
 def check_finite(loss: float, *, epoch: int, step: int, learning_rate: float,
@@ -119,14 +89,5 @@ def predict(model: Layer, x: np.ndarray, names: list[str] | None = None) -> np.n
 
 def _logits(model: Layer, x: Any) -> Array:
     """What the model gives for x; of 16-bit logits, in float32 as losses and probabilities are."""
-    logits = model.forward(_receive(model, x))
+    logits = model.forward(receive(model, x))
     return logits.astype(np.float32) if logits.itemsize == 2 else logits
-
-
-def _receive(model: Layer, x: Any) -> Array:
-    """x on the model's backend, where it comes from the host and is what a layer takes.
-
-    Its dtype stays: the first layer casts it or refuses it (strict_dtype).
-    """
-    x = as_array(model.where, "input", x)
-    return model.backend.asarray(x) if isinstance(x, np.ndarray) else x

@@ -1,0 +1,305 @@
+"""A whole step of training as one CUDA graph, or the same step in plain calls."""
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpucnn.backend import Array, Backend, Fetch, backend_of
+from gpucnn.data import Loader
+from gpucnn.data.feed import Feed
+from gpucnn.geometry import is_int
+from gpucnn.layers import Layer
+from gpucnn.layers.base import argument_names
+from gpucnn.losses import SoftmaxCrossEntropy
+from gpucnn.ops import as_array, check_labels
+from gpucnn.optim import Optimizer
+
+Loss = Callable[[Array, Array], tuple[Array, Array]]
+READ_EVERY = 32  # steps, whose results go to the host in one copy
+
+
+class StepResult(NamedTuple):
+    """What one step found before its update: the mean loss of so many images, and how many of
+    them were classified right."""
+
+    loss: float
+    hits: int
+    images: int
+
+
+def train_step(model: Layer, loss: Loss, optimizer: Optimizer, x: Any, t: Any
+               ) -> tuple[float, int]:
+    """Forward, backward and update on one batch; waits for the result. TrainStep does not.
+
+    x: (n, h, w, c) images, moved to the model's backend if they come from the host.
+    t: (n,) labels, as the loss takes them; those of gpucnn.losses take them from the host too.
+
+    Returns (mean loss, how many of the n were classified right before the update). The update is
+    left out where the loss is not finite: the caller decides what then (check_finite).
+
+    Raises ValueError where the loss and the optimizer have not the same loss scale.
+    """
+    check_loss_scales(loss, optimizer)
+    value, hits = run_step(model, loss, optimizer, x, t)
+    return float(value), int(hits)
+
+
+def run_step(model: Layer, loss: Loss, optimizer: Optimizer, x: Any, t: Any
+             ) -> tuple[Array, Array]:
+    """What train_step does, for which nothing waits: (loss, hits), scalars of the backend."""
+    backend = model.backend
+    with np.errstate(over="ignore", invalid="ignore"):  # the loss shows it
+        logits = model.forward(receive(model, x), training=True)
+        if type(loss) is SoftmaxCrossEntropy:  # a subclass may compute another loss
+            value, dlogits, hits = loss.with_hits(logits, t)
+        else:
+            value, dlogits = loss(logits, t)
+            hits = (logits.argmax(axis=1) == backend.asarray(t)).sum()
+        del logits
+        if not isinstance(value, backend.xp.ndarray):
+            value = backend.xp.asarray(value)
+        if value.itemsize < 4:
+            value = value.astype(np.float32)
+        model.backward_parameters(dlogits)
+        optimizer.step(value)
+    return value, hits
+
+
+def check_loss_scales(loss: Loss, optimizer: Optimizer) -> None:
+    """Raise ValueError where the loss and the optimizer have different loss scales."""
+    if hasattr(loss, "loss_scale") and loss.loss_scale is not optimizer.loss_scale:
+        raise ValueError("the loss and the optimizer have different loss scales; give both the "
+                         "same optim.LossScale, or neither")
+
+
+def receive(model: Layer, x: Any) -> Array:
+    """x on the model's backend, where it comes from the host and is what a layer takes.
+
+    Its dtype stays: the first layer casts it or refuses it (strict_dtype).
+    """
+    x = as_array(model.where, "input", x)
+    return model.backend.asarray(x) if isinstance(x, np.ndarray) else x
+
+
+class TrainStep:
+    """One step of training: forward, backward and update. Calls do not wait for the GPU.
+
+        step = TrainStep(model, loss, optimizer)
+        for result in step.epoch(loader, number):   # all batches of a Loader, or
+            ...
+        step(x, t)                                  # a batch of one's own
+        results = step.results()
+
+    On a GPU the first step with batches of some shape is made of plain calls, which compile what is
+    not compiled yet. The second one is captured into a CUDA graph, with memory of its own, and all
+    that follow are one launch each. The bits are the same. The last, short batch of an epoch has
+    a graph of its own. So has a step after a setting of the model, loss or optimizer was changed,
+    other than the learning rate, which lies on the device. On the CPU all steps are plain calls.
+
+    capture: whether to make graphs.
+    read_every: after how many steps their results are copied to the host, while the GPU goes on.
+
+    What cannot be captured (a loss or an optimizer of one's own that looks at values on the host)
+    runs in plain calls: a RuntimeWarning says so once, and `not_captured` holds the reason.
+
+    Raises RuntimeError for a model that is not built, TypeError and ValueError for arguments, and
+    for an optimizer of another model or with another loss scale than the loss.
+    """
+
+    def __init__(self, model: Layer, loss: Loss, optimizer: Optimizer, *, capture: bool = True,
+                 read_every: int = READ_EVERY):
+        if not model.built:
+            raise RuntimeError("TrainStep needs a built model; call model.build(input_shape)")
+        if optimizer.model is not model:
+            raise ValueError("TrainStep: the optimizer is that of another model")
+        if not isinstance(capture, bool):
+            raise TypeError(f"TrainStep: capture must be True or False, got {capture!r}")
+        if not is_int(read_every) or read_every < 1:
+            raise ValueError(f"TrainStep: read_every must be an int >= 1, got {read_every!r}")
+        check_loss_scales(loss, optimizer)
+        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.backend = model.backend
+        self.capture = capture and self.backend.captures
+        self.not_captured: str | None = None
+        self._log = _Log(self.backend, int(read_every))
+        self._memory = self.backend.graph_memory()
+        self._plain: set[Hashable] = set()  # what has run once
+        self._graphs: dict[Hashable, Callable[[], None]] = {}
+        self._parameters: Array = None  # that the graphs write
+        self._watched: list[tuple[dict[str, Any], str]] = []
+        self._inputs: dict[Hashable, tuple[Array, ...]] = {}
+        self._feeds: dict[Loader, Feed] = {}
+
+    def __call__(self, x: Any, t: Any) -> None:
+        """A step on one batch, as train_step takes it. Its result comes with results().
+
+        With graphs the batch is copied, unless it is that of inputs().
+        """
+        model = self.model
+        x = receive(model, x)
+        if not self.capture:
+            return self._run((), lambda: (x, t), len(x))
+        t = self._targets(t, len(x))
+        key = x.shape, x.dtype, t.shape, t.dtype
+        given = self._inputs.get(key, (None, None))
+        if x is not given[0] or t is not given[1]:
+            given = self.inputs(x, t)
+        return self._run(key, lambda: given, len(x))
+
+    def inputs(self, x: Any, t: Any) -> tuple[Array, ...]:
+        """The arrays that the steps of batches like (x, t) read, with x and t copied into them.
+
+        A step on these two copies nothing: write the next batch into them.
+        """
+        x = receive(self.model, x)
+        t = self._targets(t, len(x))
+        key = x.shape, x.dtype, t.shape, t.dtype
+        if key not in self._inputs:
+            self._inputs[key] = tuple(self.backend.xp.empty(a.shape, a.dtype) for a in (x, t))
+        for array, new in zip(self._inputs[key], (x, t)):
+            array[...] = new
+        return self._inputs[key]
+
+    def _targets(self, t: Any, n: int) -> Array:
+        """t on the model's backend; what comes from the host is checked here: a graph cannot."""
+        backend = self.backend
+        if type(self.loss) is SoftmaxCrossEntropy and backend_of(t) is not backend:
+            return backend.asarray(check_labels(backend, t, n, self.model.output_shape[-1]))
+        return backend.asarray(t)
+
+    def epoch(self, loader: Loader, number: int = 0, position: int = 0) -> Iterator[StepResult]:
+        """A step on each batch of an epoch of the loader, as Loader.epoch() counts them.
+
+        Yields the result of each step in order: at once on the CPU, up to 2 * read_every steps
+        later on a GPU. Results that nobody has asked for are forgotten.
+        """
+        if loader.backend is not self.backend:
+            raise ValueError(f"TrainStep: the loader is on {loader.backend.name}, the model on "
+                             f"{self.backend.name}; make both in one use_backend() block")
+        if loader not in self._feeds:
+            self._feeds[loader] = loader.feed()
+        feed = self._feeds[loader]
+        return self._epoch(loader, feed, feed.begin(number, position))
+
+    def _epoch(self, loader: Loader, feed: Feed, sizes: list[int]) -> Iterator[StepResult]:
+        self.results()
+        for size in sizes:
+            feed.advance(size)
+            self._run((loader, size), partial(feed.gather, size), size)
+            yield from self._log.arrived()
+        yield from self.results()
+
+    def results(self) -> list[StepResult]:
+        """Those of all steps since they were last asked for, in order. Waits for the GPU."""
+        return self._log.all()
+
+    def _run(self, key: tuple, batch: Callable[[], tuple[Array, ...]], images: int) -> None:
+        """One step on what batch() gives, as a graph once it ran as it is."""
+        if self.model.flat_data is not self._parameters:  # the first step since it was built
+            self._parameters = self.model.flat_data
+            self._graphs.clear()
+            self._plain.clear()
+            self._watched = list(self._settings())
+
+        def work() -> None:
+            self._log.record(*run_step(self.model, self.loss, self.optimizer, *batch()))
+
+        if not self.capture or self.not_captured:
+            work()
+        else:
+            key = (*key, *(settings[name] for settings, name in self._watched))
+            if key in self._plain and key not in self._graphs:
+                self._capture(key, work)
+            self._plain.add(key)
+            self._graphs.get(key, work)()
+        self._log.wrote(images)
+
+    def _capture(self, key: Hashable, work: Callable[[], None]) -> None:
+        try:
+            self._graphs[key] = self.backend.capture(work, self._memory)
+        except Exception as e:
+            self.not_captured = _reason(e)
+            warnings.warn("this training step cannot be captured into a CUDA graph and runs in "
+                          f"plain calls: {self.not_captured}; capture=False leaves out the attempt",
+                          RuntimeWarning, stacklevel=5)
+
+    def _settings(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """The numbers and names that a graph holds and that can be changed between steps."""
+        parts = (self.loss, self.optimizer, self.optimizer.loss_scale)
+        named = [(vars(p), list(vars(p))) for p in parts if hasattr(p, "__dict__")]
+        named += [(vars(layer), argument_names(type(layer))) for layer in self.model.walk()]
+        for settings, names in named:
+            for name in names:
+                value = settings.get(name)
+                if name[0] != "_" and isinstance(value, (int, float, str, tuple, type(None))):
+                    yield settings, name
+
+
+class _Log:
+    """The results of steps on the device: two halves of a ring. While one is copied to the host,
+    steps write to the other."""
+
+    def __init__(self, backend: Backend, half: int):
+        self.backend, self.half = backend, half
+        self.ring = backend.asarray(np.zeros((2 * half, 2)))
+        self.count = backend.asarray(np.zeros(1, np.int64))
+        self.copied: tuple[Fetch, list[int]] | None = None  # and the images of those steps
+        self.images: list[int] = []  # of the steps in the half that is being written
+        self.asked = 0               # how many of them results() has given already
+        self.second = False          # which half that is
+        self.waiting: list[StepResult] = []
+
+    def record(self, loss: Array, hits: Array) -> None:
+        """Launched with a step."""
+        self.backend.record_step(loss, self.backend.asarray(hits, np.int32), self.ring, self.count)
+
+    def wrote(self, images: int) -> None:
+        """Called after a step of so many images was launched."""
+        self.images.append(images)
+        if len(self.images) == self.half:
+            self._collect()
+            self.copied = self._fetch(), self.images[self.asked:]
+            self.images, self.asked, self.second = [], 0, not self.second
+
+    def arrived(self) -> list[StepResult]:
+        """The results that have come to the host."""
+        if self.copied and self.copied[0].done:
+            self._collect()
+        if not self.backend.captures:
+            return self.all()
+        arrived, self.waiting = self.waiting, []
+        return arrived
+
+    def all(self) -> list[StepResult]:
+        """The results of all steps."""
+        self._collect()
+        if len(self.images) > self.asked:
+            self.copied = self._fetch(), self.images[self.asked:]
+            self._collect()
+            self.asked = len(self.images)
+        arrived, self.waiting = self.waiting, []
+        return arrived
+
+    def _fetch(self) -> Fetch:
+        start = self.half * self.second
+        return self.backend.fetch(self.ring[start + self.asked:start + len(self.images)])
+
+    def _collect(self) -> None:
+        if self.copied:
+            fetch, images = self.copied
+            self.copied = None
+            self.waiting += [StepResult(float(loss), int(hits), n)
+                             for (loss, hits), n in zip(fetch.result(), images)]
+
+
+def _reason(e: Exception) -> str:
+    """What was said against it, and which line of whose code met it."""
+    frames = [frame for frame in traceback.extract_tb(e.__traceback__)
+              if "cupy" not in frame.filename.replace("\\", "/").split("/")[-3:]]
+    place = f" ({frames[-1].filename.rsplit('/', 1)[-1]}, line {frames[-1].lineno})"
+    return f"{type(e).__name__}: {' '.join(str(e).split())}{place}"
