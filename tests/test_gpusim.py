@@ -270,7 +270,7 @@ print(*sorted(name for name in sys.modules if name.startswith("cupy")))
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
                             check=True, cwd=os.path.dirname(os.path.dirname(__file__)))
-    assert result.stdout.split() == ["cupy", "cupy.cuda", "cupyish"]
+    assert result.stdout.split() == ["cupy", "cupy.cuda", "cupyish", "cupyx"]
 
 
 def test_every_cupy_name_that_the_backend_uses_exists():

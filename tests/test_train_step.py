@@ -12,6 +12,7 @@ from gpucnn.data import Augmentation, Dataset, Loader
 from gpucnn.layers import BatchNorm, Conv2D, Dense, Dropout, Flatten, Sequential
 from gpucnn.training import StepResult, TrainStep, train_step
 from tests.conftest import needs_simulator
+from tests.gpusim.mutation import caught
 
 # name: (the model, the shape of an image); small, for the simulator
 NETS = {
@@ -398,6 +399,38 @@ def test_what_is_wrong_is_refused_in_one_line(backend):
 def test_a_loader_on_another_backend_is_refused(cupy_backend):
     with pytest.raises(ValueError, match="^TrainStep: the loader is on numpy, the model on cupy; "):
         Training("cupy").step.epoch(Training("numpy").loader)
+
+
+BUGS = {
+    "the ring does not wrap": ("record_step.cu", "step % rows", "step"),
+    "steps are not counted": ("record_step.cu", "*count = step + 1", "*count = step"),
+    "hits stand before the loss": ("record_step.cu", "ring[2 * row] =", "ring[2 * row + 1] ="),
+    "a lost step is made": (
+        "optimizer.cu", "loss_or_null && *loss_or_null - *loss_or_null != 0", "false"),
+    "a lost step halves the loss scale": (
+        "optimizer.cu", "loss_scale_or_null && !skip", "loss_scale_or_null"),
+}
+
+
+def check_steps_and_a_lost_one(cupy_backend):
+    """With the numbers that NumPy has, in a ring that is filled more than once."""
+    training, numpy = Training("cupy", read_every=2), Training("numpy")
+    for ours, theirs in zip(training.run(0, 1), numpy.run(0, 1)):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-3)
+        assert ours[1:] == theirs[1:]
+    test_a_loss_that_is_not_finite_leaves_the_loss_scale(cupy_backend)
+    test_a_loss_that_is_not_finite_changes_no_parameter(cupy_backend, capture=True)
+
+
+@needs_simulator
+@pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
+def test_a_planted_bug_is_caught(cupy_backend, bug):
+    with caught(*bug):
+        check_steps_and_a_lost_one(cupy_backend)
+
+
+def test_they_pass_where_no_bug_is_planted(cupy_backend):
+    check_steps_and_a_lost_one(cupy_backend)
 
 
 def test_no_warning_where_everything_is_captured(cupy_backend):

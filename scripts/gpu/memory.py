@@ -263,6 +263,7 @@ KERNELS = (
                  lambda s, b, images, order, cursor, table: b.gather_batch(
                      images, order, order, cursor, s.n, table, AUGMENTATION, 1), half=True),
 )
+TWO_NUMBERS = ("record_step.cu",)  # all that it writes: no share of a bandwidth
 # What convolutions.py measures, and so has no line here.
 MATRIX_FILES = ("conv_gemm.cu", "conv_weight_gradient.cu", "conv_tensor.cu",
                 "conv_tensor_weight_gradient.cu")

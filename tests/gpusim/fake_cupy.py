@@ -569,7 +569,7 @@ _pool: _MemoryPool | None = None  # in use; None for the default one
 @contextlib.contextmanager
 def _using_allocator(allocator: Callable[[int], Any]) -> Iterator[None]:
     global _pool
-    before, _pool = _pool, allocator.__self__  # type: ignore[attr-defined]
+    before, _pool = _pool, getattr(allocator, "__self__", None) or _MemoryPool()
     try:
         yield
     finally:
