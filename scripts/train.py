@@ -100,9 +100,10 @@ def train(arguments: argparse.Namespace, backend: Backend, train_set: Dataset, t
         options = options | {"learning_rate": arguments.learning_rate}
     optimizer = make_optimizer(model, clip_norm=arguments.clip_norm, loss_scale=scale, **options)
     steps = TrainStep(model, loss, optimizer, capture=not arguments.eager)
-    loader = Loader(train_set, arguments.batch_size, seed=arguments.seed, augmentation=Augmentation(
-        crop=arguments.crop, flip=arguments.flip, cutout=arguments.cutout))
-    test_loader = Loader(test_set, EVALUATION_BATCH)
+    loader = Loader(train_set, arguments.batch_size, seed=arguments.seed, dtype=model.dtype,
+                    augmentation=Augmentation(crop=arguments.crop, flip=arguments.flip,
+                                              cutout=arguments.cutout))
+    test_loader = Loader(test_set, EVALUATION_BATCH, dtype=model.dtype)
     print(f"{arguments.model}: {sum(p.size for p in model.parameters().values()):,} parameters; "
           f"{len(train_set):,} training and {len(test_set):,} test images; "
           f"{arguments.optimizer}, learning rate {optimizer.learning_rate:g}, batches of "
@@ -116,7 +117,7 @@ def train(arguments: argparse.Namespace, backend: Backend, train_set: Dataset, t
     for epoch in range(1, arguments.epochs + 1):
         started = time.perf_counter()
         train_loss, train_accuracy = train_epoch(
-            steps, loader, epoch, arguments, history, last_good)
+            steps, optimizer, loader, epoch, arguments, history, last_good)
         training_seconds += time.perf_counter() - started
         test = evaluate(model, test_loader.epoch())
         for name, value in (("epoch", epoch), ("train_loss", train_loss),
@@ -151,7 +152,7 @@ def train(arguments: argparse.Namespace, backend: Backend, train_set: Dataset, t
             "numpy": np.__version__, backend.name: backend.xp.__version__}})
 
 
-def train_epoch(steps, loader, epoch, arguments, history, last_good):
+def train_epoch(steps, optimizer, loader, epoch, arguments, history, last_good):
     """One pass over the training set: its mean loss and accuracy."""
     from tqdm import tqdm
     seen = hits = 0
@@ -162,7 +163,7 @@ def train_epoch(steps, loader, epoch, arguments, history, last_good):
               leave=False) as bar:
         for step, result in enumerate(steps.epoch(loader, epoch - 1), 1):
             check_finite(result.loss, epoch=epoch, step=step, last_good=last_good,
-                         learning_rate=steps.optimizer.learning_rate)
+                         learning_rate=optimizer.learning_rate)
             history["step"].append((epoch - 1) * len(loader) + step)
             history["step_loss"].append(result.loss)
             seen, hits = seen + result.images, hits + result.hits

@@ -180,6 +180,16 @@ def test_results_are_read_while_steps_go_on(cupy_backend):
     assert seen == [4, 4, 5, 5, 5]
 
 
+def test_one_epoch_at_a_time(backend):
+    training = Training(backend.name, batch=2, read_every=1)
+    first = training.step.epoch(training.loader, 0)
+    next(first)
+    next(training.step.epoch(training.loader, 1))
+    with pytest.raises(RuntimeError, match="^TrainStep: another epoch has begun; only that one can "
+                                           "go on$"):
+        list(first)
+
+
 def test_an_epoch_can_begin_in_the_middle(backend):
     expected = Training(backend.name).run(0)
     training = Training(backend.name)

@@ -1,4 +1,5 @@
-"""Copies between the host and the GPU that go on beside its computing, on a stream of their own."""
+"""Copies between the host and the GPU that go on beside its computing, on streams of their own:
+one each way, so that neither waits for what the other waits for."""
 from __future__ import annotations
 
 import functools
@@ -11,19 +12,19 @@ import numpy as np
 
 
 @functools.cache
-def _copies(device: int) -> Any:
+def _copy_stream(device: int, direction: str) -> Any:
     return cupy.cuda.Stream(non_blocking=True)
 
 
-def _copy_stream() -> Any:
-    return _copies(cupy.cuda.Device().id)
+def _stream(direction: str) -> Any:
+    return _copy_stream(cupy.cuda.Device().id, direction)
 
 
 class Fetch:
     """A copy to the host of what an array holds after all that was launched before."""
 
     def __init__(self, array: Any):
-        copies = _copy_stream()
+        copies = _stream("to the host")
         copies.wait_event(cupy.cuda.get_current_stream().record())
         self._host = cupyx.empty_pinned(array.shape, array.dtype)
         self._array = array  # is not to be freed before it was read
@@ -57,7 +58,8 @@ class Upload:
 
     def send(self) -> None:
         """Copy them; what is launched from now on finds them in the targets."""
-        slot, copies, current = self._slots[0], _copy_stream(), cupy.cuda.get_current_stream()
+        slot, copies = self._slots[0], _stream("to the GPU")
+        current = cupy.cuda.get_current_stream()
         if slot.read is not None:
             copies.wait_event(slot.read)
         for device, host in zip(slot.device, slot.host):

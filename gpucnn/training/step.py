@@ -122,7 +122,7 @@ class TrainStep:
         if not is_int(read_every) or read_every < 1:
             raise ValueError(f"TrainStep: read_every must be an int >= 1, got {read_every!r}")
         check_loss_scales(loss, optimizer)
-        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self._model, self._loss, self._optimizer = model, loss, optimizer
         self.backend = model.backend
         self.capture = capture and self.backend.captures
         self.not_captured: str | None = None
@@ -134,13 +134,14 @@ class TrainStep:
         self._watched: list[tuple[dict[str, Any], str]] = []
         self._inputs: dict[Hashable, tuple[Array, ...]] = {}
         self._feeds: dict[Loader, Feed] = {}
+        self._turn: object = None  # of the epoch that has begun last
 
     def __call__(self, x: Any, t: Any) -> None:
         """A step on one batch, as train_step takes it. Its result comes with results().
 
         With graphs the batch is copied, unless it is that of inputs().
         """
-        model = self.model
+        model = self._model
         x = receive(model, x)
         if not self.capture:
             return self._run((), lambda: (x, t), len(x))
@@ -156,7 +157,7 @@ class TrainStep:
 
         A step on these two copies nothing: write the next batch into them.
         """
-        x = receive(self.model, x)
+        x = receive(self._model, x)
         t = self._targets(t, len(x))
         key = x.shape, x.dtype, t.shape, t.dtype
         if key not in self._inputs:
@@ -168,8 +169,8 @@ class TrainStep:
     def _targets(self, t: Any, n: int) -> Array:
         """t on the model's backend; what comes from the host is checked here: a graph cannot."""
         backend = self.backend
-        if type(self.loss) is SoftmaxCrossEntropy and backend_of(t) is not backend:
-            return backend.asarray(check_labels(backend, t, n, self.model.output_shape[-1]))
+        if type(self._loss) is SoftmaxCrossEntropy and backend_of(t) is not backend:
+            return backend.asarray(check_labels(backend, t, n, self._model.output_shape[-1]))
         return backend.asarray(t)
 
     def epoch(self, loader: Loader, number: int = 0, position: int = 0) -> Iterator[StepResult]:
@@ -177,6 +178,9 @@ class TrainStep:
 
         Yields the result of each step in order: at once on the CPU, up to 2 * read_every steps
         later on a GPU. Results that nobody has asked for are forgotten.
+
+        Raises ValueError for a loader on another backend, and what Loader.epoch() raises;
+        RuntimeError where it is to go on after another epoch has begun.
         """
         if loader.backend is not self.backend:
             raise ValueError(f"TrainStep: the loader is on {loader.backend.name}, the model on "
@@ -188,7 +192,10 @@ class TrainStep:
 
     def _epoch(self, loader: Loader, feed: Feed, sizes: list[int]) -> Iterator[StepResult]:
         self.results()
+        turn = self._turn = object()
         for size in sizes:
+            if self._turn is not turn:
+                raise RuntimeError("TrainStep: another epoch has begun; only that one can go on")
             feed.advance(size)
             self._run((loader, size), partial(feed.gather, size), size)
             yield from self._log.arrived()
@@ -200,14 +207,14 @@ class TrainStep:
 
     def _run(self, key: tuple, batch: Callable[[], tuple[Array, ...]], images: int) -> None:
         """One step on what batch() gives, as a graph once it ran as it is."""
-        if self.model.flat_data is not self._parameters:  # the first step since it was built
-            self._parameters = self.model.flat_data
+        if self._model.flat_data is not self._parameters:  # the first step since it was built
+            self._parameters = self._model.flat_data
             self._graphs.clear()
             self._plain.clear()
             self._watched = list(self._settings())
 
         def work() -> None:
-            self._log.record(*run_step(self.model, self.loss, self.optimizer, *batch()))
+            self._log.record(*run_step(self._model, self._loss, self._optimizer, *batch()))
 
         if not self.capture or self.not_captured:
             work()
@@ -230,13 +237,12 @@ class TrainStep:
 
     def _settings(self) -> Iterator[tuple[dict[str, Any], str]]:
         """The numbers and names that a graph holds and that can be changed between steps."""
-        parts = (self.loss, self.optimizer, self.optimizer.loss_scale)
+        parts = (self._loss, self._optimizer, self._optimizer.loss_scale)
         named = [(vars(p), list(vars(p))) for p in parts if hasattr(p, "__dict__")]
-        named += [(vars(layer), argument_names(type(layer))) for layer in self.model.walk()]
+        named += [(vars(layer), argument_names(type(layer))) for layer in self._model.walk()]
         for settings, names in named:
             for name in names:
-                value = settings.get(name)
-                if name[0] != "_" and isinstance(value, (int, float, str, tuple, type(None))):
+                if name[0] != "_" and _hashable(settings.get(name)):
                     yield settings, name
 
 
@@ -295,6 +301,14 @@ class _Log:
             self.copied = None
             self.waiting += [StepResult(float(loss), int(hits), n)
                              for (loss, hits), n in zip(fetch.result(), images)]
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _reason(e: Exception) -> str:
