@@ -1,4 +1,4 @@
-"""Convolution, pooling, batch norm and cross-entropy as plain functions on NumPy or CuPy arrays.
+"""Convolution, pooling, batch norm and the rest as plain functions on NumPy or CuPy arrays.
 
 Each checks what it is given, takes the backend that the arrays belong to, and calls it. Images
 are NHWC, (n, h, w, c); filters HWIO, (kh, kw, c_in / groups, c_out). `size`, `stride` and
@@ -145,6 +145,19 @@ def avg_pool2d_backward(dy: Array, x_shape: tuple[int, ...], size: IntOrPair, *,
     window = _pool_window(where, x_shape, size, stride, padding, 1)
     _check_shape(where, "dy", dy, (x_shape[0], *window.out_size(*x_shape[1:3]), x_shape[3]))
     return _as(dtype, backend.avg_pool_backward(dy, tuple(x_shape), window))
+
+
+def gelu(x: Array) -> Array:
+    """x P(x) of each element, P being the normal distribution (Hendrycks and Gimpel 2016)."""
+    backend, dtype, (x,) = _receive("gelu", x=x)
+    return _as(dtype, backend.gelu(x))
+
+
+def gelu_backward(dy: Array, x: Array) -> Array:
+    """dy of the shape of x -> dx = dy (P(x) + x p(x)), p being the density of P."""
+    backend, dtype, (dy, x) = _receive("gelu_backward", dy=dy, x=x)
+    _check_shape("gelu_backward", "dy", dy, x.shape)
+    return _as(dtype, backend.gelu_backward(dy, x))
 
 
 def batch_norm_statistics(x: Array) -> tuple[Array, Array]:

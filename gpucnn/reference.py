@@ -199,6 +199,17 @@ def layer_backward(da: Any, z: Any, a: Any, w: Any, activation: str,
     return conv2d_backward(dz, a, w, **geometry)
 
 
+def gelu(x: Any) -> Array:
+    """x P(x), P(x) = erfc(-x / sqrt(2)) / 2 (Hendrycks and Gimpel 2016)."""
+    return _elementwise(lambda v: v * math.erfc(-v / math.sqrt(2)) / 2, x)
+
+
+def gelu_backward(dy: Any, x: Any) -> Array:
+    """dy (P(x) + x p(x)), p(x) = exp(-x^2 / 2) / sqrt(2 pi)."""
+    return _float64(dy) * _elementwise(lambda v: math.erfc(-v / math.sqrt(2)) / 2 + v * math.exp(
+        -v * v / 2) / math.sqrt(2 * math.pi), x)
+
+
 # ---- pooling -------------------------------------------------------------------------------------
 
 def max_pool2d(x: Any, size: IntOrPair, *, stride: IntOrPair | None = None, padding: Padding = 0,
@@ -439,6 +450,11 @@ def col2im(cols: Any, x_shape: tuple[int, ...], size: IntOrPair, *, stride: IntO
         for place, iy, ix in _pixels_under(window, m, k, x_shape):
             x[i, iy, ix] += patch[place]
     return x
+
+
+def _elementwise(g: Callable[[float], float], x: Any) -> Array:
+    x = _float64(x)
+    return np.array([g(float(v)) for v in x.reshape(-1)]).reshape(x.shape)
 
 
 def _rows(a: Any) -> Array:

@@ -296,6 +296,37 @@ def expected_loss(case: Case) -> Expected:
         + u / n * units * np.nan_to_num(np.exp(log_p))})
 
 
+# ---- GELU ----------------------------------------------------------------------------------------
+
+def gelu_case(seed: int) -> Case:
+    """x and dy of a gelu, of any number of axes, up to where one side of it is 0."""
+    rng = np.random.default_rng([seed, 6])
+    dtype, values = _random_kind(rng)
+    n, *others = _random_batch(rng)
+    shape = (n, *others, int(rng.integers(1, 9)))[:rng.integers(2, 5)]
+    x = _random_array(rng, shape, dtype, values) * dtype.type(rng.choice([1, 3, 8]))
+    return Case("gelu", seed, dtype, values, {
+        "x": x, "dy": _random_array(rng, shape, dtype, values)}, {})
+
+
+def run_gelu(case: Case, a: Any) -> Any:
+    return {"y": ops.gelu(a["x"]), "dx": ops.gelu_backward(a["dy"], a["x"])}
+
+
+def expected_gelu(case: Case) -> Expected:
+    """P is off by 12 u of itself (CUDA promises 5 ulp), and so is the rest. In float64 the judges
+    are off too: by 2 x^2 u, for erfc and exp multiply what their arguments are off.
+    """
+    x, dy = (case.arrays[name].astype(np.float64) for name in ("x", "dy"))
+    y, dx = reference.gelu(x), reference.gelu_backward(dy, x)
+    terms = np.abs(dx) + np.abs(dy * x) * np.exp(-x * x / 2)  # dx, and what may have cancelled
+    times = 12 + np.nan_to_num(2 * x * x if case.dtype == np.float64 else 0)
+    smallest = np.finfo(np.promote_types(case.dtype, np.float32)).smallest_normal
+    return Expected({"y": y, "dx": dx}, {
+        "y": times * rounding_bound(1, np.abs(y), y, case.dtype) + smallest,
+        "dx": times * rounding_bound(1, terms, dx, case.dtype) + smallest})
+
+
 class Judged(NamedTuple):
     """How to make a case of an op, run it on either backend's arrays, and what is right."""
 
@@ -310,6 +341,7 @@ OPS = {
     "max_pool": Judged(max_pool_case, run_max_pool, expected_max_pool, 600),
     "avg_pool": Judged(avg_pool_case, run_avg_pool, expected_avg_pool, 400),
     "columns": Judged(columns_case, run_columns, expected_columns, 250),
+    "gelu": Judged(gelu_case, run_gelu, expected_gelu, 250),
     "loss": Judged(loss_case, run_loss, expected_loss, 250),
 }
 

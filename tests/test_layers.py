@@ -10,6 +10,7 @@ from gpucnn import layers, models
 from gpucnn import rng as rng_module
 from gpucnn.backend import use_backend
 from gpucnn.layers import (
+    GELU,
     AvgPool2D,
     BatchNorm,
     Concat,
@@ -62,6 +63,7 @@ LAYERS = {
     "LeakyReLU": (lambda: LeakyReLU(0.3), IMAGE),
     "Sigmoid": (lambda: Sigmoid(), IMAGE),
     "Tanh": (lambda: Tanh(), IMAGE),
+    "GELU": (lambda: GELU(), IMAGE),
     "Softmax": (lambda: Softmax(), (6,)),
     "Sequential": (lambda: Sequential([Conv2D(3, 3, activation="relu"), MaxPool2D(2), Flatten(),
                                        Dropout(0.2), Dense(4)]), IMAGE),

@@ -13,6 +13,7 @@ import pytest
 
 from gpucnn import losses, optim
 from gpucnn.layers import (
+    GELU,
     AvgPool2D,
     BatchNorm,
     Concat,
@@ -140,6 +141,7 @@ TABLE = {
     "LeakyReLU 0.2": Row(lambda: LeakyReLU(0.2), (5,), lambda x, p: F.leaky_relu(x, 0.2)),
     "Sigmoid": Row(Sigmoid, IMAGE, lambda x, p: torch.sigmoid(x)),
     "Tanh": Row(Tanh, IMAGE, lambda x, p: torch.tanh(x)),
+    "GELU": Row(GELU, IMAGE, lambda x, p: F.gelu(x)),
     "Softmax": Row(Softmax, (5,), lambda x, p: x.softmax(-1)),
     "Softmax of images": Row(Softmax, IMAGE, lambda x, p: x.softmax(-1)),
     "Dropout 0": Row(lambda: Dropout(0.0), IMAGE, lambda x, p: x),

@@ -33,7 +33,8 @@ def test_the_cases_are_as_varied_as_they_should_be():
             for op, judged in cases.OPS.items()}
     distinct = {op: len({(str(c._replace(seed=0)), *(a.tobytes() for a in c.arrays.values()))
                          for c in some}) for op, some in made.items()}
-    assert distinct == {"conv": 600, "max_pool": 600, "avg_pool": 400, "columns": 250, "loss": 250}
+    assert distinct == {"conv": 600, "max_pool": 600, "avg_pool": 400, "columns": 250, "gelu": 250,
+                        "loss": 250}
     assert sum(distinct.values()) >= 2000                # on each backend, for each of two judges
     for op in ("conv", "max_pool", "avg_pool", "columns"):
         some = made[op]
@@ -138,12 +139,13 @@ def _viewed_case(op, **options):
         "max_pool": {"x": (2, 5, 6, 4), "dy": (2, 2, 5, 4)},
         "avg_pool": {"x": (2, 5, 6, 4), "dy": (2, 2, 5, 4)},
         "columns": {"x": (2, 5, 6, 4), "cols": (20, 24)},
+        "gelu": {"x": (5, 6, 4), "dy": (5, 6, 4)},
         "loss": {"logits": (7, 5)},
     }[op]
     arrays = {k: rng.standard_normal(shape).astype(np.float32) for k, shape in shapes.items()}
     if op == "loss":
         arrays["labels"] = rng.integers(0, 5, 7)
-    else:
+    elif op != "gelu":
         options["stride"] = 2, 1
         options |= {"groups": 2} if op == "conv" else {"size": (3, 2)}
     return cases.Case(op, 0, np.dtype(np.float32), "normal", arrays, options)

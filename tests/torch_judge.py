@@ -77,6 +77,14 @@ def columns(case: Case) -> Arrays:
     return {"cols": cols.detach().numpy(), "x": _nhwc(x.grad)}
 
 
+def gelu(case: Case) -> Arrays:
+    """By erfc: F.gelu adds erf to 1, which leaves few digits far to the left."""
+    x = _leaf(case.arrays["x"])
+    y = x * torch.special.erfc(-x * 0.5**0.5) / 2
+    y.backward(_tensor(case.arrays["dy"]))
+    return {"y": y.detach().numpy(), "dx": x.grad.numpy()}
+
+
 def loss(case: Case) -> Arrays:
     logits = _leaf(case.arrays["logits"])
     mean = F.cross_entropy(logits, torch.tensor(case.arrays["labels"].astype(np.int64)),
@@ -148,6 +156,7 @@ _LAYERS = {
     "LeakyReLU": lambda part, x, p, at: F.leaky_relu(x, part.slope),
     "Sigmoid": lambda part, x, p, at: torch.sigmoid(x),
     "Tanh": lambda part, x, p, at: torch.tanh(x),
+    "GELU": lambda part, x, p, at: F.gelu(x),
     "Softmax": lambda part, x, p, at: x.softmax(-1),
 }
 

@@ -200,6 +200,12 @@ class Backend(Protocol):
                             slope: float = LEAKY_SLOPE) -> Array:
         """dz = dA g'(z), given A = g(z), of one shape and dtype; da itself without activation."""
 
+    def gelu(self, x: Array) -> Array:
+        """x P(x), P being the normal distribution; 0 and infinity at the infinities."""
+
+    def gelu_backward(self, dy: Array, x: Array) -> Array:
+        """dx = dy (P(x) + x p(x)), p being the density of P; dy and x of one shape and dtype."""
+
     def dense_plan(self, n: int, inputs: int, units: int, dtype: Any, input_gradient: bool = True,
                    tf32: bool = False) -> dict[str, PassPlan]:
         """As conv2d_plan, of dense and dense_backward for n samples."""

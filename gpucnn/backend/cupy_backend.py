@@ -37,6 +37,8 @@ _max_pool = Kernel("maxpool.cu", "max_pool")
 _max_pool_backward = Kernel("maxpool.cu", "max_pool_backward")
 _avg_pool = Kernel("avgpool.cu", "avg_pool")
 _avg_pool_backward = Kernel("avgpool.cu", "avg_pool_backward")
+_gelu = Kernel("gelu.cu", "gelu")
+_gelu_backward = Kernel("gelu.cu", "gelu_backward")
 _dropout = Kernel("dropout.cu", "dropout")
 _ONE_TAP = Window(1, 1, 1, 1, 0, 0, 0, 0, 1, 1)
 _gather_batch = Kernel("gather.cu", "gather_batch")
@@ -211,6 +213,16 @@ class CupyBackend:
     def activation_backward(self, da: Any, a: Any, activation: str | None,
                             slope: float = LEAKY_SLOPE) -> Any:
         return cuda_convolution.activation_backward(da, a, activation, slope=slope)
+
+    def gelu(self, x: Any) -> Any:
+        y, vec = cupy.empty(x.shape, x.dtype), _channels_at_once(x.size, (x,))
+        _gelu(x.size // vec, x, y, x.size, vec=vec)
+        return y
+
+    def gelu_backward(self, dy: Any, x: Any) -> Any:
+        dx, vec = cupy.empty(x.shape, x.dtype), _channels_at_once(x.size, (dy, x))
+        _gelu_backward(x.size // vec, dy, x, dx, x.size, vec=vec)
+        return dx
 
     def im2col(self, x: Any, window: Window) -> Any:
         n, oh, ow, c = _output_shape(x.shape, window)

@@ -23,6 +23,7 @@ from gpucnn.backend import (
     batch_gather,
     batch_norm,
     convolution_algorithm,
+    gelu,
     narrow_convolution,
     parallel,
     row_convolution,
@@ -227,6 +228,12 @@ class NumpyBackend:
 
         for_blocks(self, work, dz, da, a)
         return dz
+
+    def gelu(self, x: np.ndarray) -> np.ndarray:
+        return gelu.forward(self, x)
+
+    def gelu_backward(self, dy: np.ndarray, x: np.ndarray) -> np.ndarray:
+        return gelu.backward(self, dy, x)
 
     def dense_plan(self, n: int, inputs: int, units: int, dtype: Any, input_gradient: bool = True,
                    tf32: bool = False) -> dict[str, PassPlan]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 from gpucnn.errors import ModelFormatError
-from gpucnn.layers.activation import LeakyReLU, ReLU, Sigmoid, Softmax, Tanh
+from gpucnn.layers.activation import GELU, LeakyReLU, ReLU, Sigmoid, Softmax, Tanh
 from gpucnn.layers.base import Layer, Parameter
 from gpucnn.layers.container import Concat, Residual, Sequential
 from gpucnn.layers.conv import Conv2D
@@ -15,6 +15,7 @@ from gpucnn.layers.pool import AvgPool2D, GlobalAvgPool2D, MaxPool2D
 from gpucnn.layers.shape import Flatten
 
 __all__ = [
+    "GELU",
     "AvgPool2D",
     "BatchNorm",
     "Concat",

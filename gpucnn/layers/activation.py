@@ -52,6 +52,25 @@ class Tanh(_Pointwise):
     kind = "tanh"
 
 
+class GELU(Layer):
+    """x P(x), P being the normal distribution: (1 + erf(x / sqrt(2))) / 2, and not its tanh.
+
+    Hendrycks and Gimpel 2016. It falls and rises, so that no layer can tell x from the output: it
+    keeps x, and stands on its own. At the infinities it has its limits, where torch gives NaN.
+    """
+
+    kind = "gelu"
+
+    def forward(self, x: Array, training: bool = False) -> Array:
+        x = self.receive(x)
+        self.save(training, x)
+        return self.backend.gelu(x)
+
+    def backward(self, dy: Array) -> Array:
+        (x,) = self.take_saved()
+        return self.backend.gelu_backward(self.receive_gradient(dy, x.shape), x)
+
+
 class Softmax(Layer):
     """exp(z) / sum exp(z) over the last axis, for probabilities out of a trained net.
 

@@ -188,6 +188,8 @@ static inline float min(float a, float b) { return fminf(a, b); }
 static inline float max(float a, float b) { return fmaxf(a, b); }
 static inline double min(double a, double b) { return fmin(a, b); }
 static inline double max(double a, double b) { return fmax(a, b); }
+static inline double normcdf(double x) { return 0.5 * erfcl(-x * 0.70710678118654752440L); }
+static inline float normcdf(float x) { return normcdf((double)x); }
 template <class T> static inline T __ldg(const T* p) { return *p; }
 static inline unsigned __umulhi(unsigned a, unsigned b) { return (uint64_t)a * b >> 32; }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
