@@ -358,7 +358,8 @@ def test_the_memory_of_im2col_is_that_of_a_block(cupy_backend, monkeypatch, dtyp
 def test_only_the_layer_that_training_begins_with_needs_no_input_gradient(cupy_backend, capsys):
     nested = Sequential([Sequential([Conv2D(4), Conv2D(4)]), Flatten(), Dense(2)])
     for model, inputs in ((nested, 2), (Sequential([Residual(Conv2D(3, padding=1))]), 1),
-                          (Sequential([Flatten(), Dense(2)]), 1), (Conv2D(3), 0)):
+                          (Sequential([Flatten(), Dense(2)]), 0),
+                          (Sequential([Flatten(), Dense(2), Dense(2)]), 1), (Conv2D(3), 0)):
         lines = printed(capsys, model, (8, 8, 3))
         assert lines[0].startswith("batches of 64")
         assert sum("input gradient" in line for line in lines) == inputs

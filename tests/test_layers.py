@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from gpucnn import layers, models
+from gpucnn import layers, models, optim
 from gpucnn import rng as rng_module
 from gpucnn.backend import use_backend
 from gpucnn.layers import (
@@ -23,10 +23,13 @@ from gpucnn.layers import (
     MaxPool2D,
     ReLU,
     Residual,
+    Scale,
     Sequential,
     Sigmoid,
     Softmax,
+    SpaceToDepth,
     Tanh,
+    Whiten2D,
     from_config,
 )
 from tests.conftest import needs_cupy, needs_simulator
@@ -43,6 +46,7 @@ LAYERS = {
     "Conv2D 1x1": (lambda: Conv2D(3, 1), IMAGE),
     "Conv2D 1x1 strided": (lambda: Conv2D(3, 1, stride=2), IMAGE),
     "Conv2D relu": (lambda: Conv2D(3, 3, activation="relu"), IMAGE),
+    "Conv2D dirac": (lambda: Conv2D(6, 3, groups=2, padding="same", initializer="dirac"), IMAGE),
     "Conv2D leaky": (lambda: Conv2D(3, 3, activation="leaky_relu"), IMAGE),
     "MaxPool2D": (lambda: MaxPool2D(2), IMAGE),
     "MaxPool2D overlap": (lambda: MaxPool2D(3, stride=2, padding=1), IMAGE),
@@ -58,12 +62,17 @@ LAYERS = {
     "Dropout 0": (lambda: Dropout(0), (6,)),
     "BatchNorm images": (lambda: BatchNorm(), IMAGE),
     "BatchNorm rows": (lambda: BatchNorm(momentum=0.3, epsilon=1e-3), (6,)),
+    "BatchNorm without scale": (lambda: BatchNorm(scale=False), IMAGE),
     "BatchNorm relu": (lambda: BatchNorm(activation="relu"), IMAGE),
     "ReLU": (lambda: ReLU(), IMAGE),
     "LeakyReLU": (lambda: LeakyReLU(0.3), IMAGE),
     "Sigmoid": (lambda: Sigmoid(), IMAGE),
     "Tanh": (lambda: Tanh(), IMAGE),
     "GELU": (lambda: GELU(), IMAGE),
+    "Scale": (lambda: Scale(-1 / 9), IMAGE),
+    "SpaceToDepth": (lambda: SpaceToDepth(), (4, 6, 3)),
+    "SpaceToDepth padded": (lambda: SpaceToDepth(3, channels=20), (6, 9, 2)),
+    "Whiten2D": (lambda: Whiten2D((2, 3)), IMAGE),
     "Softmax": (lambda: Softmax(), (6,)),
     "Sequential": (lambda: Sequential([Conv2D(3, 3, activation="relu"), MaxPool2D(2), Flatten(),
                                        Dropout(0.2), Dense(4)]), IMAGE),
@@ -73,6 +82,8 @@ LAYERS = {
     "Residual relu": (lambda: Residual(Conv2D(4, 3, padding=1), activation="relu"), IMAGE),
     "Residual fused": (lambda: Residual(Sequential([Conv2D(4, 1), BatchNorm()]),
                                         activation="relu"), IMAGE),
+    "Residual without scale": (lambda: Residual(Sequential([
+        Conv2D(4, 1), BatchNorm(scale=False)]), activation="relu"), IMAGE),
     "Residual of norms": (lambda: Residual(BatchNorm(), BatchNorm(activation="relu")), IMAGE),
     "Concat": (lambda: Concat([Conv2D(3, 1), Conv2D(2, 3, padding="same"), Tanh()]), IMAGE),
 }
@@ -459,3 +470,59 @@ def test_the_algorithm_of_a_convolution_is_kept_and_checked():
     assert from_config(layer.config()).algorithm == "implicit_gemm"
     with pytest.raises(ValueError, match="^Conv2D 'a': algorithm 'fft' is not known; use 'auto', "):
         Conv2D(8, 3, algorithm="fft", name="a")
+
+
+@pytest.mark.parametrize(("channels", "filters", "groups", "kernel_size"), [
+    (3, 3, 1, 3), (3, 8, 1, (3, 5)), (5, 2, 1, 3), (4, 6, 2, 3), (4, 4, 4, 3), (2, 3, 1, 2)])
+def test_dirac_filters_pass_on_a_channel_each(channels, filters, groups, kernel_size, rng):
+    layer = Conv2D(filters, kernel_size, groups=groups, padding="same", bias=False,
+                   initializer="dirac")
+    layer.build((6, 7, channels), dtype=np.float64)
+    x = rng.standard_normal((2, 6, 7, channels))
+    y, passed = layer.forward(x), min(channels, filters) // groups
+    for group in range(groups):
+        first, last = (group * n // groups for n in (channels, filters))
+        np.testing.assert_array_equal(y[..., last:last + passed], x[..., first:first + passed])
+    others = np.concatenate([w[..., passed:].ravel() for w in np.split(layer.w.data, groups, 3)])
+    limit = (layer.w.size / filters) ** -0.5
+    assert (np.abs(others) < limit).all()
+    assert not others.size or np.abs(others).max() > 0.8 * limit
+
+
+def test_the_initializer_of_a_convolution_is_kept_and_checked():
+    assert from_config(Conv2D(8, 3, initializer="dirac").config()).initializer == "dirac"
+    with pytest.raises(ValueError, match="^Conv2D 'a': initializer 'zero' is not known; use 'he', "
+                                         "'dirac'$"):
+        Conv2D(8, 3, initializer="zero", name="a")
+
+
+def test_a_norm_without_scale_learns_its_shift_alone(backend, rng, tmp_path):
+    model = Sequential([Conv2D(4, 1, bias=False), BatchNorm(scale=False, activation="relu"),
+                        Flatten(), Dense(2)])
+    model.build((3, 3, 2))
+    assert list(model.parameters()) == ["conv1/w", "norm1/beta", "dense1/w", "dense1/b"]
+    norm = model.layers[1]
+    x = backend.asarray(rng.standard_normal((5, 3, 3, 2)), np.float32)
+    model.backward(model.forward(x, training=True))
+    optim.AdamW(model, 0.1, weight_decay=0.5).step()
+    assert (norm.gamma.data == 1).all()
+    assert norm.beta.data.any()
+    models.save_model(model, tmp_path / "m.safetensors")
+    again, _ = models.load_model(tmp_path / "m.safetensors")
+    np.testing.assert_array_equal(backend.to_numpy(again.forward(x)),
+                                  backend.to_numpy(model.forward(x)))
+    with_scale = BatchNorm()
+    with_scale.build((3, 3, 2), seed=9)
+    without = BatchNorm(scale=False)
+    without.build((3, 3, 2))
+    for one in (with_scale, without):
+        one.beta.data[...] = 0.3
+    dx = [backend.to_numpy(one.backward(one.forward(x, training=True)))
+          for one in (with_scale, without)]
+    np.testing.assert_array_equal(*dx)
+
+
+@pytest.mark.parametrize("factor", [np.inf, np.nan])
+def test_a_factor_is_finite(factor):
+    with pytest.raises(ValueError, match="^Scale: factor must be finite, got"):
+        Scale(factor)

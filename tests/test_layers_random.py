@@ -106,7 +106,7 @@ def random_dense(rng):
 
 
 def random_activation(rng):
-    kind = rng.choice(["ReLU", "LeakyReLU", "Sigmoid", "Tanh"])
+    kind = rng.choice(["ReLU", "LeakyReLU", "Sigmoid", "Tanh", "GELU"])
     options = {"slope": float(rng.uniform(0.01, 0.9))} if kind == "LeakyReLU" else {}
     return getattr(layers, kind)(**options), random_sample(rng)
 

@@ -27,10 +27,13 @@ from gpucnn.layers import (
     MaxPool2D,
     ReLU,
     Residual,
+    Scale,
     Sequential,
     Sigmoid,
     Softmax,
+    SpaceToDepth,
     Tanh,
+    Whiten2D,
 )
 from tests.cases import unit_roundoff
 
@@ -67,7 +70,7 @@ def dense(activation=None, at=""):
 
 def batch_norm(at="", epsilon=1e-5):
     def forward(x, p):
-        return F.batch_norm(x.movedim(-1, 1), None, None, p[at + "gamma"], p[at + "beta"],
+        return F.batch_norm(x.movedim(-1, 1), None, None, p.get(at + "gamma"), p[at + "beta"],
                             training=True, eps=epsilon).movedim(1, -1)
     return forward
 
@@ -81,6 +84,14 @@ def avg_pool(*args, pad=(0, 0, 0, 0), **options):
         total, count = (nhwc(F.avg_pool2d(F.pad(nchw(t), pad), *args, divisor_override=1,
                                           **options)) for t in (x, torch.ones_like(x)))
         return total / count
+    return forward
+
+
+def squares(size, channels):
+    """torch's own order of channels is that of the places in the square last, ours first."""
+    def forward(x, p):
+        y = nhwc(F.pixel_unshuffle(nchw(x), size)).unflatten(-1, (x.shape[-1], size**2))
+        return F.pad(y.transpose(-1, -2).flatten(-2), (0, channels - size**2 * x.shape[-1]))
     return forward
 
 
@@ -134,6 +145,7 @@ TABLE = {
        for g in ACTIVATIONS if g},
     "BatchNorm": Row(BatchNorm, IMAGE, batch_norm(), (3, 1)),
     "BatchNorm of rows": Row(lambda: BatchNorm(epsilon=0.1), (7,), batch_norm(epsilon=0.1), (5, 2)),
+    "BatchNorm without scale": Row(lambda: BatchNorm(scale=False), IMAGE, batch_norm(), (3, 1)),
     "BatchNorm relu": Row(lambda: BatchNorm(activation="relu"), IMAGE,
                           chain(batch_norm(), lambda x, p: F.relu(x)), (3, 1)),
     "ReLU": Row(ReLU, IMAGE, lambda x, p: F.relu(x)),
@@ -142,6 +154,11 @@ TABLE = {
     "Sigmoid": Row(Sigmoid, IMAGE, lambda x, p: torch.sigmoid(x)),
     "Tanh": Row(Tanh, IMAGE, lambda x, p: torch.tanh(x)),
     "GELU": Row(GELU, IMAGE, lambda x, p: F.gelu(x)),
+    "Scale": Row(lambda: Scale(0.3), IMAGE, lambda x, p: x * 0.3),
+    "SpaceToDepth": Row(lambda: SpaceToDepth(2, 9), (4, 6, 2), squares(2, 9),
+                        (3, 1)),
+    "SpaceToDepth 3": Row(lambda: SpaceToDepth(3), (3, 6, 1), squares(3, 9), (3, 1)),
+    "Whiten2D": Row(lambda: Whiten2D(2), IMAGE, conv()),
     "Softmax": Row(Softmax, (5,), lambda x, p: x.softmax(-1)),
     "Softmax of images": Row(Softmax, IMAGE, lambda x, p: x.softmax(-1)),
     "Dropout 0": Row(lambda: Dropout(0.0), IMAGE, lambda x, p: x),
@@ -206,6 +223,8 @@ def test_layer_equals_torch(name, dtype, backend, rng):
 
         x64 = leaf(x)
         p64 = {k: leaf(backend.to_numpy(p.data)) for k, p in layer.parameters().items()}
+        p64 |= {k: leaf(backend.to_numpy(part.own_buffers[name]))
+                for k, (part, name) in layer.buffers().items()}
         y64 = row.torch_forward(x64, p64)
         y64.backward(torch.tensor(dy.astype(np.float64)))
 

@@ -157,6 +157,7 @@ _LAYERS = {
     "Sigmoid": lambda part, x, p, at: torch.sigmoid(x),
     "Tanh": lambda part, x, p, at: torch.tanh(x),
     "GELU": lambda part, x, p, at: F.gelu(x),
+    "Scale": lambda part, x, p, at: x * part.factor,
     "Softmax": lambda part, x, p, at: x.softmax(-1),
 }
 

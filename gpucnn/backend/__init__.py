@@ -165,12 +165,12 @@ class Backend(Protocol):
         """conv2d, and the moments of A where its kernel can give them on the way."""
 
     def conv2d_backward(self, da: Array, a: Array, x: Array, w: Array, window: Window, groups: int,
-                        activation: str | None, dw: Array, db: Array | None = None,
+                        activation: str | None, dw: Array | None, db: Array | None = None,
                         input_gradient: bool = True, algorithm: str = "auto",
                         tf32: bool = False) -> Array | None:
         """da and a (n, oh, ow, c_out), x and w as in conv2d -> dx; writes dw and db.
 
-        dw, db: C-contiguous arrays for these gradients; db may be None.
+        dw, db: C-contiguous arrays for these gradients, or None: of w, where it is not learned.
         input_gradient: without it dx is None, and is not computed.
         """
 

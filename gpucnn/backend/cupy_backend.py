@@ -148,15 +148,21 @@ class CupyBackend:
                          activation: str | None, dw: Any, db: Any, input_gradient: bool,
                          algorithm: str, tf32: bool) -> Any:
         if algorithm == "im2col":
-            dx, dw[...], bias_gradient = convolution.conv2d_backward(
+            if dw is None and not input_gradient:
+                cuda_convolution.activation_backward(da, a, activation, db)
+                return None
+            dx, filter_gradient, bias_gradient = convolution.conv2d_backward(
                 self, _as_float32(da), _as_float32(a), _as_float32(x), _as_float32(w), window,
                 groups, activation, input_gradient)
+            if dw is not None:
+                dw[...] = filter_gradient
             if db is not None:
                 db[...] = bias_gradient
             return None if dx is None else dx.astype(x.dtype, copy=False)
         dz = cuda_convolution.activation_backward(da, a, activation, db)
         p = _problem(x, w, dz, window, groups, tf32)
-        cuda_convolution.weight_gradient(p, weight_gradient_plan(p, algorithm), x, dz, dw)
+        if dw is not None:
+            cuda_convolution.weight_gradient(p, weight_gradient_plan(p, algorithm), x, dz, dw)
         if not input_gradient:
             return None
         return cuda_convolution.input_gradient(p, input_gradient_plan(p, algorithm), dz, w)

@@ -158,9 +158,17 @@ class NumpyBackend:
         return self.conv2d(x, w, b, window, groups, activation, residual), None
 
     def conv2d_backward(self, da: np.ndarray, a: np.ndarray, x: np.ndarray, w: np.ndarray,
-                        window: Window, groups: int, activation: str | None, dw: np.ndarray,
-                        db: np.ndarray | None = None, input_gradient: bool = True,
-                        algorithm: str = "auto", tf32: bool = False) -> np.ndarray | None:
+                        window: Window, groups: int, activation: str | None,
+                        dw: np.ndarray | None, db: np.ndarray | None = None,
+                        input_gradient: bool = True, algorithm: str = "auto",
+                        tf32: bool = False) -> np.ndarray | None:
+        if dw is None and not input_gradient:
+            if db is not None:
+                db[...] = self._sum_rows(
+                    self.activation_backward(da, a, activation).reshape(-1, da.shape[-1]))
+            return None
+        if dw is None:  # it comes with dx
+            dw = self.empty(w.shape, w.dtype)
         way = backward_way(window, groups, x.shape, w.shape[-1], input_gradient)
         # A full convolution multiplies filters with zeros around dZ: NaN for a weight that is not
         # finite, at pixels that it never saw.

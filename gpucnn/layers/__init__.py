@@ -4,7 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 from gpucnn.errors import ModelFormatError
-from gpucnn.layers.activation import GELU, LeakyReLU, ReLU, Sigmoid, Softmax, Tanh
+from gpucnn.layers.activation import GELU, LeakyReLU, ReLU, Scale, Sigmoid, Softmax, Tanh
 from gpucnn.layers.base import Layer, Parameter
 from gpucnn.layers.container import Concat, Residual, Sequential
 from gpucnn.layers.conv import Conv2D
@@ -12,7 +12,8 @@ from gpucnn.layers.dense import Dense
 from gpucnn.layers.dropout import Dropout
 from gpucnn.layers.norm import BatchNorm
 from gpucnn.layers.pool import AvgPool2D, GlobalAvgPool2D, MaxPool2D
-from gpucnn.layers.shape import Flatten
+from gpucnn.layers.shape import Flatten, SpaceToDepth
+from gpucnn.layers.whiten import Whiten2D
 
 __all__ = [
     "GELU",
@@ -30,10 +31,13 @@ __all__ = [
     "Parameter",
     "ReLU",
     "Residual",
+    "Scale",
     "Sequential",
     "Sigmoid",
     "Softmax",
+    "SpaceToDepth",
     "Tanh",
+    "Whiten2D",
     "from_config",
 ]
 

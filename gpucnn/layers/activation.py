@@ -1,6 +1,8 @@
 """Activations as layers of their own. Conv2D and Dense can hold them inside instead."""
 from __future__ import annotations
 
+import math
+
 from gpucnn.backend import LEAKY_SLOPE, Array
 from gpucnn.layers.base import Layer
 from gpucnn.numerics import log_softmax
@@ -69,6 +71,30 @@ class GELU(Layer):
     def backward(self, dy: Array) -> Array:
         (x,) = self.take_saved()
         return self.backend.gelu_backward(self.receive_gradient(dy, x.shape), x)
+
+
+class Scale(Layer):
+    """factor x, with a factor that is not learned."""
+
+    kind = "scale"
+
+    def __init__(self, factor: float, **options):
+        super().__init__(**options)
+        if not math.isfinite(factor):
+            raise ValueError(f"{self.where}: factor must be finite, got {factor}")
+        self.factor = factor
+
+    def forward(self, x: Array, training: bool = False) -> Array:
+        x = self.receive(x)
+        self.save(training, x.shape)
+        return self._scaled(x)
+
+    def backward(self, dy: Array) -> Array:
+        (shape,) = self.take_saved()
+        return self._scaled(self.receive_gradient(dy, shape))
+
+    def _scaled(self, x: Array) -> Array:
+        return (x * self.factor).astype(x.dtype, copy=False)
 
 
 class Softmax(Layer):

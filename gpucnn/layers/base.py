@@ -101,8 +101,14 @@ class Layer:
         raise NotImplementedError
 
     def backward_parameters(self, dy: Array) -> None:
-        """backward() where nobody asks for dL/dx, as in the first layer of a network."""
-        self.backward(dy)
+        """backward() where nobody asks for dL/dx, as in the first layer of a network.
+
+        Where there is nothing to learn, it only lets go of what forward(training=True) saved.
+        """
+        if self.learns:
+            self.backward(dy)
+        else:
+            self.forget()
 
     def forward_added(self, x: Array, residual: Array, activation: str | None,
                       training: bool = False) -> Array:
@@ -234,6 +240,11 @@ class Layer:
         return {"class": type(self).__name__, **{k: _plain(v) for k, v in arguments.items()}}
 
     @property
+    def learns(self) -> bool:
+        """Whether this layer, or one inside it, has parameters, once they are declared."""
+        return any(layer.own_parameters for layer in self.walk())
+
+    @property
     def dtype(self) -> np.dtype:
         """Of what the layer takes and gives."""
         return self.precision.activations
@@ -265,6 +276,11 @@ class Layer:
     def save(self, training: bool, *values: Any) -> None:
         """Keep values for backward(), in training only."""
         self._saved = values if training else None
+
+    def forget(self) -> None:
+        """Let go of what the last forward(training=True) saved, here and in the layers inside."""
+        for layer in self.walk():
+            layer._saved = None
 
     def take_saved(self) -> Any:
         """What the last forward(training=True) saved; each forward serves one backward."""
@@ -349,6 +365,25 @@ def glorot_uniform(fan_in: int, fan_out: int) -> Initializer:
     """Uniform in ±sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010)."""
     limit = (6 / (fan_in + fan_out)) ** 0.5
     return lambda shape, key, stream: limit * (2 * rng.uniform(shape, key, stream) - 1)
+
+
+def dirac(fan_in: int, groups: int) -> Initializer:
+    """Filters, (kh, kw, c / groups, filters), the first of which pass on one channel each.
+
+    In each group filter i is 1 in the middle of channel i, and 0 elsewhere. Those that are left
+    without a channel are uniform in ±1 / sqrt(fan_in), as convolutions of torch begin. With as
+    many filters as channels the layer is the identity (Zagoruyko and Komodakis 2017).
+    """
+    def draw(shape: Shape, key: int, stream: int) -> np.ndarray:
+        kh, kw, depth, filters = shape
+        w = fan_in ** -0.5 * (2 * rng.uniform(shape, key, stream) - 1)
+        for group in np.split(w, groups, axis=3):
+            channels = np.arange(min(depth, filters // groups))
+            group[..., channels] = 0
+            group[(kh - 1) // 2, (kw - 1) // 2, channels, channels] = 1
+        return w
+
+    return draw
 
 
 def constant(value: float) -> Initializer:

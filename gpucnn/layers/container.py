@@ -62,10 +62,13 @@ class Sequential(Layer):
         return dx, dresidual
 
     def backward_parameters(self, dy: Array) -> None:
-        for layer in reversed(self.layers[1:]):
+        first = next((i for i, layer in enumerate(self.layers) if layer.learns), len(self.layers))
+        for layer in reversed(self.layers[first + 1:]):
             dy = layer.backward(dy)
-        for layer in self.layers[:1]:
+        for layer in self.layers[first:first + 1]:
             layer.backward_parameters(dy)
+        for layer in self.layers[:first]:
+            layer.forget()
 
 
 class Residual(Layer):

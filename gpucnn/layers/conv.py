@@ -14,8 +14,10 @@ from gpucnn.geometry import (
     make_window,
     pair,
 )
-from gpucnn.layers.base import Layer, Parameter, Shape, constant, he_normal
+from gpucnn.layers.base import Layer, Parameter, Shape, constant, dirac, he_normal
 from gpucnn.ops import check_channels
+
+INITIALIZERS = ("he", "dirac")
 
 
 class Conv2D(Layer):
@@ -27,8 +29,10 @@ class Conv2D(Layer):
     algorithm: how a GPU computes it: "auto", "implicit_gemm", "im2col" or "direct" (one to four
         channels, or depthwise). The environment variable GPUCNN_CONV, where set, overrides it.
         summary(input_shape, plan=True) shows what "auto" chose.
+    initializer: of w: "he" for He's normal distribution, or "dirac", with which the first filters
+        pass on a channel each (gpucnn.layers.base.dirac).
 
-    Parameters: w (kh, kw, c / groups, filters), He's normal distribution; b (filters,), 0.
+    Parameters: w (kh, kw, c / groups, filters); b (filters,), 0.
     """
 
     kind = "conv"
@@ -38,7 +42,7 @@ class Conv2D(Layer):
     def __init__(self, filters: int, kernel_size: IntOrPair = 3, *, stride: IntOrPair = 1,
                  padding: Padding = 0, dilation: IntOrPair = 1, groups: int = 1,
                  activation: str | None = None, bias: bool = True, algorithm: str = "auto",
-                 **options):
+                 initializer: str = "he", **options):
         super().__init__(**options)
         self.filters = integer(self.where, "filters", filters)
         self.kernel_size = pair(self.where, "kernel_size", kernel_size)
@@ -49,11 +53,15 @@ class Conv2D(Layer):
         self.activation = activation
         self.bias = bias
         self.algorithm = algorithm
+        self.initializer = initializer
         self._windows: dict[tuple[int, int], Window] = {}  # by the height and width of the input
         activations.check_name(self.where, activation)
         if algorithm not in ALGORITHMS:
             raise ValueError(f"{self.where}: algorithm {algorithm!r} is not known; use "
                              f"{', '.join(map(repr, ALGORITHMS))}")
+        if initializer not in INITIALIZERS:
+            raise ValueError(f"{self.where}: initializer {initializer!r} is not known; use "
+                             f"{', '.join(map(repr, INITIALIZERS))}")
 
     def declare(self, input_shape: Shape) -> Shape:
         self._check_shape((1, *input_shape), 4)
@@ -61,11 +69,12 @@ class Conv2D(Layer):
         check_groups(self.where, self.groups, c, self.filters)
         fan_in = math.prod(self.kernel_size) * c // self.groups
         self.w = self.add_parameter("w", (*self.kernel_size, c // self.groups, self.filters),
-                                    he_normal(fan_in), decay=True)
+                                    dirac(fan_in, self.groups) if self.initializer == "dirac"
+                                    else he_normal(fan_in), decay=True)
         self.b = self.add_parameter("b", (self.filters,), constant(0), decay=False) \
             if self.bias else None
         self.plan(batch=1)
-        return (*self._window((1, *input_shape)).out_size(*input_shape[:2]), self.filters)
+        return (*self.window.out_size(*input_shape[:2]), self.filters)
 
     def forward(self, x: Array, training: bool = False) -> Array:
         return self._forward(x, None, self.activation, training)
@@ -110,10 +119,15 @@ class Conv2D(Layer):
         """As Layer.plan. Raises ValueError where the algorithm cannot compute this convolution."""
         try:
             return self.backend.conv2d_plan(
-                (batch, *self.input_shape), self.w.shape, self._window((1, *self.input_shape)),
+                (batch, *self.input_shape), self.w.shape, self.window,
                 self.groups, self.dtype, self.algorithm, input_gradient, self.precision.tf32)
         except ValueError as e:
             raise ValueError(f"{self.where}: {e}") from None
+
+    @property
+    def window(self) -> Window:
+        """Over images of the shape that the layer was built for."""
+        return self._window((1, *self.input_shape))
 
     def multiply_adds(self) -> int:
         return math.prod(self.output_shape[:2]) * self.w.size

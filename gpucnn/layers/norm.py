@@ -17,10 +17,12 @@ class BatchNorm(Layer):
     the running ones follow them and are used otherwise.
 
     activation: None or "relu", in the same pass; another one is a layer of its own.
+    scale: whether gamma is learned; without it gamma is 1, and no parameter.
     momentum: the share of the newest batch in the running statistics. The running variance is
         unbiased (divided by count - 1), as in torch.
 
-    Parameters: gamma (c,), 1; beta (c,), 0. Buffers: running_mean, running_var (c,).
+    Parameters: gamma (c,), 1, unless scale is False; beta (c,), 0. Buffers: running_mean,
+    running_var (c,).
     """
 
     kind = "norm"
@@ -28,7 +30,7 @@ class BatchNorm(Layer):
     beta: Parameter
 
     def __init__(self, *, activation: str | None = None, momentum: float = 0.1,
-                 epsilon: float = 1e-5, **options):
+                 epsilon: float = 1e-5, scale: bool = True, **options):
         super().__init__(**options)
         activations.check_name(self.where, activation, activations.FUSED_WITH_NORM)
         if not 0 < momentum <= 1:
@@ -37,17 +39,22 @@ class BatchNorm(Layer):
         self.activation = activation
         self.momentum = momentum
         self.epsilon = epsilon
+        self.scale = scale
         self.source: Layer | None = None  # whose output this layer is given
 
     def declare(self, input_shape: Shape) -> Shape:
         channels = input_shape[-1:]
-        self.gamma = self.add_parameter("gamma", channels, constant(1), decay=False)
+        self.gamma = self.add_parameter("gamma", channels, constant(1), decay=False) \
+            if self.scale else Parameter(channels, constant(1), decay=False)
         self.beta = self.add_parameter("beta", channels, constant(0), decay=False)
         self.source = None
         return input_shape
 
     def make_state(self, key: int) -> None:
         xp = self.backend.xp
+        if not self.scale:  # the kernels read and write them
+            self.gamma.data = self.gamma.cast = xp.ones(self.gamma.shape, self.precision.parameters)
+            self.gamma.grad = xp.zeros_like(self.gamma.data)
         self.own_buffers = {"running_mean": xp.zeros(self.gamma.shape, self.precision.parameters),
                             "running_var": xp.ones(self.gamma.shape, self.precision.parameters)}
 

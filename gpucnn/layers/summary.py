@@ -31,13 +31,13 @@ def summary_table(model: Layer, input_shape: Shape) -> str:
 def plan_table(model: Layer, input_shape: Shape, batch: int) -> str:
     """One line for each pass of each convolution and dense layer, for `batch` images.
 
-    The first layer needs no input gradient. Workspaces serve one pass after the other: the last
-    line has the largest. Raises ValueError where the shapes do not fit.
+    The first layer that learns needs no input gradient. Workspaces serve one pass after the other:
+    the last line has the largest. Raises ValueError where the shapes do not fit.
     """
     if not is_int(batch) or batch < 1:
         raise ValueError(f"{model.where}: batch must be an int >= 1, got {batch!r}")
     _declare(model, input_shape)
-    first, rows, largest = _first_layer(model), [], 0
+    first, rows, largest = first_layer(model), [], 0
     for layer in model.walk():
         plans = layer.plan(batch, input_gradient=layer is not first)
         for name, plan in plans.items():
@@ -58,10 +58,14 @@ def _declare(model: Layer, input_shape: Shape) -> None:
         model.declare_at(input_shape, model.path)
 
 
-def _first_layer(model: Layer) -> Layer:
-    """The one whose backward_parameters() training calls, and not its backward()."""
-    while isinstance(model, Sequential) and model.layers:
-        model = model.layers[0]
+def first_layer(model: Layer) -> Layer:
+    """The one whose backward_parameters() training calls, and not its backward().
+
+    It is the first with parameters, which must be declared; what stands before it has no backward
+    pass.
+    """
+    while isinstance(model, Sequential) and model.learns:
+        model = next(layer for layer in model.layers if layer.learns)
     return model
 
 
