@@ -4,7 +4,7 @@
                against a plain step's, what is refused, its time
     memory     each kernel that is bound by memory, in float32 and float16: its share of a copy's
                bandwidth
-    conv       each convolution of the article's network, an airbench94-like one, ResNet-18 and
+    conv       each convolution of the article's network, airbench94, ResNet-18 and
                ResNet-50, forward and both gradients, in float16, then TF32, float32 and bfloat16:
                beside cuDNN through torch; then its best tile, wgmma's among them
     training   an epoch of the article's network, twice: the same bits?

@@ -20,7 +20,9 @@ import gpucnn
 from gpucnn import cli, losses, metrics, optim
 from gpucnn.backend import Backend
 from gpucnn.data import Augmentation, Dataset, Loader
+from gpucnn.data.loader import to_float
 from gpucnn.files import write_atomically
+from gpucnn.layers import Whiten2D
 from gpucnn.models import MODELS, save_model
 from gpucnn.precision import PRECISIONS
 from gpucnn.training import TrainStep, check_finite, evaluate
@@ -35,6 +37,7 @@ OPTIMIZERS = {
     "adamw": (optim.AdamW, {}),
 }
 EVALUATION_BATCH = 500
+WHITENED_IMAGES = 5000
 
 
 def parser() -> argparse.ArgumentParser:
@@ -92,6 +95,8 @@ def train(arguments: argparse.Namespace, backend: Backend, train_set: Dataset, t
     """Train as the arguments say, and leave all that comes of it in the folder `run`."""
     model = MODELS[arguments.model](train_set.n_classes)
     model.build(train_set.images.shape[1:], seed=arguments.seed, precision=arguments.precision)
+    if isinstance(model.layers[0], Whiten2D):  # its filters come from the images
+        model.layers[0].fit(to_float(train_set.images[:WHITENED_IMAGES]))
     # Small gradients vanish in float16; bfloat16 has the range of float32.
     scale = optim.LossScale(model) if arguments.precision == "mixed_float16" else None
     loss = losses.SoftmaxCrossEntropy(arguments.label_smoothing, loss_scale=scale)

@@ -221,6 +221,15 @@ USAGE = {
 }
 
 
+def test_a_whitening_layer_is_fitted_to_the_training_images(tmp_path):
+    run("scripts.train", *SMALL, "--model", "airbench94", "--train-images", "64", "--out", tmp_path)
+    model, _ = load_model(tmp_path / "model.safetensors")
+    images = fashion_mnist.load(subset=True)[0].images[:64] / np.float32(255)
+    y = model.layers[0].forward(images.astype(np.float32)) - model.layers[0].b.data
+    moments = np.einsum("nhwi,nhwj->ij", y[..., :4], y[..., :4]) / y[..., 0].size
+    np.testing.assert_allclose(moments, np.diag(moments.diagonal()), atol=1e-3)
+
+
 @pytest.mark.parametrize(("arguments", "message"), USAGE.values(), ids=USAGE)
 def test_wrong_usage_exits_2(arguments, message):
     assert message in run("scripts.train", *arguments, code=2).stderr

@@ -54,12 +54,19 @@ class Cudnn:
 
         torch reads x and dy where they lie, as channels_last; w, whose order of axes is another,
         is copied once, into channels_last too. The call returns a tensor; array() reads it.
+
+        cuDNN pads both sides alike: where they differ, the zeros are laid around x before.
         """
         v, torch = window, self.torch
-        assert (v.top, v.left) == (v.bottom, v.right), "cuDNN pads both sides alike"
         image, gradient = (self._tensor(a).permute(NCHW) for a in (x, dy))
         filters = self._tensor(w).permute(OIHW).contiguous(memory_format=torch.channels_last)
         stride, padding, dilation = [v.sh, v.sw], [v.top, v.left], [v.dh, v.dw]
+        if (v.top, v.left) != (v.bottom, v.right):
+            if which == "dx":
+                raise ValueError("it would be that of the image with the zeros around it")
+            image = torch.nn.functional.pad(image, (v.left, v.right, v.top, v.bottom)).contiguous(
+                memory_format=torch.channels_last)
+            padding = [0, 0]
         if which == "y":
             return lambda: torch.nn.functional.conv2d(image, filters, None, stride, padding,
                                                       dilation, groups)

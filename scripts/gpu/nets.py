@@ -1,68 +1,36 @@
 """The networks whose convolutions are measured; python -m scripts.gpu.nets prints the table.
 
-The shapes are taken from the layers of each net, so that no list can drift from it. Nets that
-gpucnn.models has come from there.
+The shapes are taken from the layers of each net, so that no list can drift from it.
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from gpucnn.backend import use_backend
-from gpucnn.geometry import Window, make_window
-from gpucnn.layers import (
-    BatchNorm,
-    Conv2D,
-    Dense,
-    Flatten,
-    GlobalAvgPool2D,
-    Layer,
-    MaxPool2D,
-    ReLU,
-    Residual,
-    Sequential,
-)
+from gpucnn.geometry import Window
+from gpucnn.layers import Conv2D, Whiten2D
+from gpucnn.layers.summary import first_layer
 from gpucnn.models import MODELS
 
-
-def airbench94(classes: int = 10) -> Sequential:
-    """After Keller Jordan's 94 % on CIFAR-10 in seconds: its convolutions, in their order."""
-    def group(filters: int) -> list[Layer]:
-        return [Conv2D(filters, 3, padding="same", bias=False), MaxPool2D(2), BatchNorm(), ReLU(),
-                Conv2D(filters, 3, padding="same", bias=False), BatchNorm(), ReLU()]
-
-    return Sequential([Conv2D(24, 2), ReLU(), *group(64), *group(256), *group(256), MaxPool2D(3),
-                       Flatten(), Dense(classes, bias=False)])
-
-
-def resnet50(classes: int = 1000) -> Sequential:
-    """He, Zhang, Ren and Sun 2016, with the stride in the 3x3 convolutions."""
-    def conv(filters: int, size: int, stride: int = 1) -> list[Layer]:
-        return [Conv2D(filters, size, stride=stride, padding=size // 2, bias=False), BatchNorm()]
-
-    layers: list[Layer] = [*conv(64, 7, 2), ReLU(), MaxPool2D(3, stride=2, padding=1)]
-    for filters, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
-        for block in range(blocks):
-            s = stride if block == 0 else 1
-            body = [*conv(filters, 1), ReLU(), *conv(filters, 3, s), ReLU(), *conv(4 * filters, 1)]
-            shortcut = Sequential(conv(4 * filters, 1, s)) if block == 0 else None
-            layers += [Residual(Sequential(body), shortcut), ReLU()]
-    return Sequential([*layers, GlobalAvgPool2D(), Dense(classes)])
+# What layers call the passes, and what this folder calls them.
+PASSES = {"forward": "y", "input gradient": "dx", "weight gradient": "dw"}
 
 
 class Net(NamedTuple):
-    make: Callable[[int], Sequential]
+    """What one of gpucnn.models is measured with."""
+
     image: tuple[int, int, int]
     classes: int
     batch: int
 
 
 NETS = {
-    "article": Net(MODELS["article"], (28, 28, 1), 10, 256),
-    "airbench94": Net(airbench94, (32, 32, 3), 10, 1024),
-    "resnet18": Net(MODELS["resnet18"], (32, 32, 3), 10, 512),
-    "resnet50": Net(resnet50, (224, 224, 3), 1000, 256),
+    "article": Net((28, 28, 1), 10, 256),
+    "airbench94": Net((32, 32, 3), 10, 1024),
+    "resnet18": Net((32, 32, 3), 10, 512),
+    "resnet50": Net((224, 224, 3), 1000, 256),
 }
 
 
@@ -78,13 +46,8 @@ class Convolution(NamedTuple):
     c_out: int
     window: Window
     groups: int
-    first: bool         # whose input gradient nobody asks for
+    passes: tuple[str, ...]  # of PASSES, those that a training step computes
     times: int = 1      # how many layers of the net are of this kind
-
-    @property
-    def passes(self) -> tuple[str, ...]:
-        """The forward pass and the gradients that a training step computes."""
-        return ("y", "dw") if self.first else ("y", "dx", "dw")
 
     @property
     def flops(self) -> int:
@@ -112,16 +75,16 @@ def convolutions(name: str, batch: int | None = None) -> list[Convolution]:
     """The distinct convolutions of a net, in its order."""
     net = NETS[name]
     with use_backend("numpy"):  # layers are declared, never built
-        model = net.make(net.classes)
+        model = MODELS[name](net.classes)
         model.declare_at(net.image, "")
-    layers = [layer for layer in model.walk() if isinstance(layer, Conv2D)]
-    found = []
-    for layer in layers:
-        h, w, c = layer.input_shape
-        window = make_window(layer.where, layer.kernel_size, layer.stride, layer.padding,
-                             layer.dilation, (h, w))
-        found.append(Convolution(name, layer.path, batch or net.batch, h, w, c, layer.filters,
-                                 window, layer.groups, layer is layers[0]))
+    first, found = first_layer(model), []
+    for layer in model.walk():
+        if isinstance(layer, (Conv2D, Whiten2D)):
+            h, w, c = layer.input_shape
+            passes = layer.plan(1, input_gradient=layer is not first)
+            found.append(Convolution(
+                name, layer.path, batch or net.batch, h, w, c, layer.output_shape[2],
+                layer.window, getattr(layer, "groups", 1), tuple(PASSES[p] for p in passes)))
     return distinct(found)
 
 
