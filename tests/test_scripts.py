@@ -337,12 +337,13 @@ def test_debug_shows_the_traceback(tmp_path):
 
 @pytest.mark.skipif(not CUPY_RUNS or not gpusim.available()[0], reason="needs a C++ compiler")
 def test_the_cupy_code_gives_the_same_loss_curve(tmp_path):
-    """The article's network, a small run, through the CUDA sources; twice, and once on NumPy."""
+    """The article's network, a small run, through the CUDA sources: as a CUDA graph and in plain
+    calls; and once on NumPy."""
     small = ("--model", "article", "--epochs", "1", "--train-images", "48", "--test-images", "20",
              "--batch-size", "16", "--out")
-    for name in ("a", "b"):
-        run("tests.gpusim", "scripts.train", *small, tmp_path / name, GPUCNN_BACKEND="cupy",
-            GPUSIM_CHECKS="off")
+    for name, options in (("a", ()), ("b", ["--eager"])):
+        run("tests.gpusim", "scripts.train", *small, tmp_path / name, *options,
+            GPUCNN_BACKEND="cupy", GPUSIM_CHECKS="off")
     run("scripts.train", *small, tmp_path / "numpy")
     curves = {name: json.loads((tmp_path / name / "history.json").read_text())["step_loss"]
               for name in ("a", "b", "numpy")}
@@ -353,5 +354,8 @@ def test_the_cupy_code_gives_the_same_loss_curve(tmp_path):
     # Sums in another order differ by about 1e-7; three steps of Adam, whose first steps have the
     # size of the learning rate whatever the gradient, let that grow.
     np.testing.assert_allclose(curves["a"], curves["numpy"], rtol=1e-4)
-    assert json.loads((tmp_path / "a" / "metrics.json").read_text())["backend"] == "cupy"
+    metrics = {name: json.loads((tmp_path / name / "metrics.json").read_text()) for name in curves}
+    assert metrics["a"]["backend"] == "cupy"
+    assert {name: m["cuda_graphs"] for name, m in metrics.items()} == {
+        "a": True, "b": False, "numpy": False}
     run("scripts.evaluate", "--run", tmp_path / "a")  # saved on one backend, read on the other
