@@ -382,3 +382,41 @@ def test_torch_reads_an_array_where_it_lies():
     x[0, 1] = 5
     assert tensor[0, 1] == 5
     assert fake_cupy.from_dlpack(tensor)[0, 1].get() == 5
+
+
+def test_the_pool_counts_what_is_alive_in_units_of_512_bytes(cupy_backend):
+    import gc
+    xp = cupy_backend.xp
+    pool = xp.get_default_memory_pool()
+    events = []
+
+    class Hook(xp.cuda.MemoryHook):
+        def malloc_postprocess(self, **event):
+            events.append(("malloc", event["size"], event["mem_size"], event["mem_ptr"]))
+
+        def free_postprocess(self, **event):
+            events.append(("free", event["mem_size"], event["mem_ptr"]))
+
+    gc.collect()
+    before = pool.used_bytes()
+    with Hook() as hook:
+        with pytest.raises(KeyError, match="already exists"), hook:
+            pass
+        x = xp.zeros((3, 43), np.float32)  # 516 bytes
+        view = x[1:].reshape(-1)
+        assert pool.used_bytes() - before == 1024
+        del x
+        assert pool.used_bytes() - before == 1024  # the view is of the same memory
+        del view
+    assert pool.used_bytes() == before
+    (_, _, _, pointer), _ = events
+    assert events == [("malloc", 516, 1024, pointer), ("free", 1024, pointer)]
+    assert pool.total_bytes() >= before + 1024
+    pool.free_all_blocks()
+    assert pool.total_bytes() == pool.used_bytes() == before
+    other = xp.cuda.MemoryPool()
+    with xp.cuda.using_allocator(other.malloc):
+        y = xp.zeros(4)
+    assert (other.used_bytes(), pool.used_bytes()) == (512, before)
+    del y
+    assert other.used_bytes() == 0

@@ -13,20 +13,18 @@ have waited gives wrong results.
 """
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import re
 import time
 import types
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from tests.gpusim import engine
+from tests.gpusim import engine, memory
 
 __version__ = f"{np.__version__}+gpusim"
 launches: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []  # (kernel, grid, block)
@@ -138,8 +136,7 @@ def _wrap(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         array = object.__new__(ndarray)
         array._host = _align(value)
-        if _pool is not None:
-            _pool.arrays.append(weakref.ref(array))
+        memory.track(array)
         return array
     return type(value)(map(_wrap, value)) if type(value) in (tuple, list) else value
 
@@ -228,12 +225,10 @@ def _poison(array: np.ndarray) -> None:
 def _note_allocation(array: np.ndarray) -> None:
     """array: new, and not a view. Its memory belongs to the pool in use."""
     if capturing is not None:
-        if _pool is None:
+        if memory.default_in_use():
             raise RuntimeError("memory of the default pool in a graph: it is given out again once "
                                "the graph is captured; use using_allocator(MemoryPool().malloc)")
         capturing.made.append(array)
-    if _pool is not None:
-        _pool.memory.append(_root(array))
 
 
 def _root(array: np.ndarray) -> np.ndarray:
@@ -540,42 +535,6 @@ class _Graph:
             step()
 
 
-class _MemoryPool:
-    """Its memory comes from NumPy, and is kept. It knows the arrays that were made of it, and all
-    others that were made while it was in use, which may be views of those."""
-
-    def __init__(self, allocator=None):
-        self.memory: list[np.ndarray] = []
-        self.arrays: list[weakref.ref] = []
-
-    def malloc(self, size):
-        raise NotImplementedError("the stand-in's memory comes from NumPy")
-
-    def used_bytes(self):
-        alive = (ref() for ref in self.arrays)
-        used = {id(_root(array._host)) for array in alive if array is not None}
-        return sum(memory.nbytes for memory in self.memory if id(memory) in used)
-
-    def free_bytes(self):
-        return 0
-
-    def free_all_blocks(self):
-        pass
-
-
-_pool: _MemoryPool | None = None  # in use; None for the default one
-
-
-@contextlib.contextmanager
-def _using_allocator(allocator: Callable[[int], Any]) -> Iterator[None]:
-    global _pool
-    before, _pool = _pool, getattr(allocator, "__self__", None) or _MemoryPool()
-    try:
-        yield
-    finally:
-        _pool = before
-
-
 def _device_properties(number: int) -> dict[str, Any]:
     return {"name": b"gpusim (CPU)", "l2CacheSize": 1 << 20, "totalGlobalMem": 1 << 34,
             "multiProcessorCount": 1}
@@ -587,13 +546,19 @@ cuda.is_available = lambda: True  # type: ignore[attr-defined]
 cuda.get_elapsed_time = (  # type: ignore[attr-defined]
     lambda start, end: 1e3 * (end.seconds - start.seconds))
 cuda.get_current_stream = lambda: _streams[-1]  # type: ignore[attr-defined]
-cuda.MemoryPool = _MemoryPool  # type: ignore[attr-defined]
-cuda.using_allocator = _using_allocator  # type: ignore[attr-defined]
+cuda.MemoryPool = memory.MemoryPool  # type: ignore[attr-defined]
+cuda.MemoryHook = memory.MemoryHook  # type: ignore[attr-defined]
+cuda.using_allocator = memory.using_allocator  # type: ignore[attr-defined]
 cuda.Memory, cuda.MemoryPointer = object, object  # type: ignore[attr-defined]
 cuda.compiler = types.SimpleNamespace(  # type: ignore[attr-defined]
     CompileException=CompileException)
 cuda.memory = types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)  # type: ignore[attr-defined]
-get_default_memory_pool = _MemoryPool
+
+
+def get_default_memory_pool():
+    return memory.default_pool
+
+
 _compute_types = {"f": 1}  # CuPy's numbers for how cuBLAS computes; NumPy computes alike in all
 _core = types.SimpleNamespace(
     get_compute_type=_compute_types.__getitem__, set_compute_type=_compute_types.__setitem__,
