@@ -99,6 +99,10 @@ class Backend(Protocol):
         """How much memory arrays can still take: infinity where they lie in the host's."""
 
     @property
+    def norm_recomputes(self) -> bool:
+        """Whether batch_norm_backward without a residual makes y from x, and needs none given."""
+
+    @property
     def captures(self) -> bool:
         """Whether capture() makes CUDA graphs."""
 
@@ -172,6 +176,16 @@ class Backend(Protocol):
 
         dw, db: C-contiguous arrays for these gradients, or None: of w, where it is not learned.
         input_gradient: without it dx is None, and is not computed.
+        """
+
+    def start_conv2d_backward(self, da: Array, a: Array, x: Array, w: Array, window: Window,
+                              groups: int, activation: str | None, dw: Array | None,
+                              db: Array | None = None, input_gradient: bool = True,
+                              algorithm: str = "auto", tf32: bool = False
+                              ) -> Callable[[], Array | None]:
+        """The same in two steps: writes dw and db, and what it returns is to be called for dx.
+
+        In between da, a and x can be given up, unless one pass over the images makes all three.
         """
 
     def conv2d_plan(self, x_shape: tuple[int, ...], w_shape: tuple[int, ...], window: Window,
@@ -282,8 +296,8 @@ class Backend(Protocol):
                             ) -> tuple[Array, Array | None]:
         """dx and dresidual (None without one) of batch_norm with the statistics of x itself.
 
-        y: what it gave, None without an activation. dgamma, dbeta (c,): written. dresidual is dy
-        itself where there is no activation.
+        y: what it gave, None without an activation, or where norm_recomputes. dgamma, dbeta (c,):
+        written. dresidual is dy itself where there is no activation.
         """
 
     def softmax_cross_entropy(self, logits: Array, labels: Array, label_smoothing: float,

@@ -93,9 +93,9 @@ def forward(backend: Backend, x: np.ndarray, mean: np.ndarray, var: np.ndarray, 
 
 def backward(backend: Backend, dy: np.ndarray, x: np.ndarray, y: np.ndarray | None,
              mean: np.ndarray, var: np.ndarray, gamma: np.ndarray, epsilon: float,
-             activation: str | None, dgamma: np.ndarray, dbeta: np.ndarray
-             ) -> tuple[np.ndarray, np.ndarray]:
-    """dx and dz, which is dy itself without an activation; writes dgamma and dbeta.
+             activation: str | None, dgamma: np.ndarray, dbeta: np.ndarray, has_residual: bool
+             ) -> tuple[np.ndarray, np.ndarray | None]:
+    """As Backend.batch_norm_backward.
 
     mean and var depend on x as well, which takes the mean of dz and its part along x_hat out:
 
@@ -106,7 +106,8 @@ def backward(backend: Backend, dy: np.ndarray, x: np.ndarray, y: np.ndarray | No
     blocks = _blocks(backend, values)
     dx, dz = backend.empty(x.shape, x.dtype), dy
     if y is not None:
-        dz = backend.empty(x.shape, x.dtype)
+        # Nobody else wants dz without a residual: dx is written over it.
+        dz = backend.empty(x.shape, x.dtype) if has_residual else dx
         derivatives, outputs = wide(dy), wide(y)
     dxs, dzs = wide(dx), wide(dz)
     inverse_std = 1 / _std(var, epsilon)
@@ -125,14 +126,14 @@ def backward(backend: Backend, dy: np.ndarray, x: np.ndarray, y: np.ndarray | No
         dgamma / count * inverse_std, dbeta / count, gamma * inverse_std))
 
     def spread(block: slice) -> None:
-        result = np.subtract(means, values[block], out=dxs[block])
+        result = np.subtract(means, values[block], out=_scratch(values[block]))
         result *= alongs
         result += dzs[block]
         result -= averages
-        result *= scales
+        np.multiply(result, scales, out=dxs[block])
 
     backend.for_each(spread, blocks)
-    return dx, dz
+    return dx, dz if has_residual else None
 
 
 def _blocks(backend: Backend, values: np.ndarray) -> list[slice]:

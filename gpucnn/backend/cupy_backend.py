@@ -58,6 +58,7 @@ class CupyBackend:
     name = "cupy"
     xp = cupy
     captures = True
+    norm_recomputes = True  # which takes fewer bytes than to read y
     block_bytes = 256 << 20  # large enough to fill a GPU, small beside its memory
 
     def asarray(self, a: Any, dtype: Any = None) -> Any:
@@ -141,16 +142,23 @@ class CupyBackend:
                         activation: str | None, dw: Any, db: Any = None,
                         input_gradient: bool = True, algorithm: str = "auto",
                         tf32: bool = False) -> Any:
-        return self._conv2d_backward(da, a, x, w, window, groups, activation, dw, db,
-                                     input_gradient, convolution_algorithm(algorithm), tf32)
+        return self.start_conv2d_backward(da, a, x, w, window, groups, activation, dw, db,
+                                          input_gradient, algorithm, tf32)()
 
-    def _conv2d_backward(self, da: Any, a: Any, x: Any, w: Any, window: Window, groups: int,
-                         activation: str | None, dw: Any, db: Any, input_gradient: bool,
-                         algorithm: str, tf32: bool) -> Any:
+    def start_conv2d_backward(self, da: Any, a: Any, x: Any, w: Any, window: Window, groups: int,
+                              activation: str | None, dw: Any, db: Any = None,
+                              input_gradient: bool = True, algorithm: str = "auto",
+                              tf32: bool = False) -> Callable[[], Any]:
+        return self._start_backward(da, a, x, w, window, groups, activation, dw, db,
+                                    input_gradient, convolution_algorithm(algorithm), tf32)
+
+    def _start_backward(self, da: Any, a: Any, x: Any, w: Any, window: Window, groups: int,
+                        activation: str | None, dw: Any, db: Any, input_gradient: bool,
+                        algorithm: str, tf32: bool) -> Callable[[], Any]:
         if algorithm == "im2col":
             if dw is None and not input_gradient:
                 cuda_convolution.activation_backward(da, a, activation, db)
-                return None
+                return lambda: None
             dx, filter_gradient, bias_gradient = convolution.conv2d_backward(
                 self, _as_float32(da), _as_float32(a), _as_float32(x), _as_float32(w), window,
                 groups, activation, input_gradient)
@@ -158,14 +166,16 @@ class CupyBackend:
                 dw[...] = filter_gradient
             if db is not None:
                 db[...] = bias_gradient
-            return None if dx is None else dx.astype(x.dtype, copy=False)
+            dx = None if dx is None else dx.astype(x.dtype, copy=False)
+            return lambda: dx
         dz = cuda_convolution.activation_backward(da, a, activation, db)
         p = _problem(x, w, dz, window, groups, tf32)
         if dw is not None:
             cuda_convolution.weight_gradient(p, weight_gradient_plan(p, algorithm), x, dz, dw)
         if not input_gradient:
-            return None
-        return cuda_convolution.input_gradient(p, input_gradient_plan(p, algorithm), dz, w)
+            return lambda: None
+        plan = input_gradient_plan(p, algorithm)
+        return lambda: cuda_convolution.input_gradient(p, plan, dz, w)
 
     def conv2d_plan(self, x_shape: tuple[int, ...], w_shape: tuple[int, ...], window: Window,
                     groups: int, dtype: Any, algorithm: str = "auto", input_gradient: bool = True,
@@ -202,9 +212,9 @@ class CupyBackend:
     def dense_backward(self, da: Any, a: Any, x: Any, w: Any, activation: str | None,
                        dw: Any, db: Any = None, input_gradient: bool = True,
                        tf32: bool = False) -> Any:
-        dx = self._conv2d_backward(
+        dx = self._start_backward(
             da[None, None], a[None, None], x[None, None], w[None, None], _ONE_TAP, 1, activation,
-            dw[None, None], db, input_gradient, _dense_algorithm(), tf32)
+            dw[None, None], db, input_gradient, _dense_algorithm(), tf32)()
         return None if dx is None else dx[0, 0]
 
     def dense_plan(self, n: int, inputs: int, units: int, dtype: Any, input_gradient: bool = True,
@@ -305,7 +315,6 @@ class CupyBackend:
                             dbeta: Any, has_residual: bool) -> tuple[Any, Any]:
         relu = activation == "relu"
         dz = cupy.empty(x.shape, x.dtype) if relu and has_residual else None
-        # Without a residual it takes fewer bytes to compute y again than to read it.
         given = (dy, x) if dz is None else (dy, x, y)
         dx = cuda_batch_norm.backward(dy, x, None if dz is None else y, mean, var, gamma, beta,
                                       float(epsilon), relu, dgamma, dbeta, dz,

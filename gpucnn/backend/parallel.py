@@ -136,12 +136,14 @@ class _Pool:
                 result = work()
             except BaseException as e:
                 failure = e
+            del work  # and with it arrays, which would wait here for the next work
             with self.lock:
                 self.idle += 1
             if failure is None:
                 future.set_result(result)
             else:
                 future.set_exception(failure)
+            del future, result, failure
 
 
 class _Blas:

@@ -78,6 +78,7 @@ class Layer:
         self.flat_grad: Array = None
         self.flat_cast: Array = None
         self._saved: Any = None
+        self._added: Array | None = None
         # Where a BatchNorm follows it, a layer may leave the moments of its last training output
         # beside that output. The BatchNorm takes them away, and uses them for that very array.
         self.feeds_norm = False
@@ -118,12 +119,18 @@ class Layer:
         """
         y = self.forward(x, training)
         self.check_residual(y.shape, residual)
-        return self.backend.activate(y, residual, activation)
+        return self.save_added(self.backend.activate(y, residual, activation), activation, training)
 
-    def backward_added(self, da: Array, a: Array, activation: str | None) -> tuple[Array, Array]:
-        """dL/dx and dL/dresidual, given dL/dA and what forward_added() returned."""
-        dz = self.backend.activation_backward(da, a, activation)
+    def backward_added(self, da: Array, activation: str | None) -> tuple[Array, Array]:
+        """dL/dx and dL/dresidual, given dL/dA of the last forward_added() and its activation."""
+        a, self._added = self._added, None
+        dz = self.backend.activation_backward(da, da if a is None else a, activation)
+        del a
         return self.backward(dz), dz
+
+    def adds(self, activation: str | None) -> bool:
+        """Whether forward_added() with this activation is one pass, and not forward() and a sum."""
+        return False
 
     def make_state(self, key: int) -> None:
         """Make what the layer keeps beside its parameters. key: for random numbers of its own."""
@@ -280,7 +287,13 @@ class Layer:
     def forget(self) -> None:
         """Let go of what the last forward(training=True) saved, here and in the layers inside."""
         for layer in self.walk():
-            layer._saved = None
+            layer._saved = layer._added = None
+
+    def save_added(self, a: Array, activation: str | None, training: bool) -> Array:
+        """Keep A, which is returned, for Layer.backward_added(); without activation it needs none.
+        """
+        self._added = a if training and activation else None
+        return a
 
     def take_saved(self) -> Any:
         """What the last forward(training=True) saved; each forward serves one backward."""

@@ -53,10 +53,10 @@ class Sequential(Layer):
             dy = layer.backward(dy)
         return dy
 
-    def backward_added(self, da: Array, a: Array, activation: str | None) -> tuple[Array, Array]:
+    def backward_added(self, da: Array, activation: str | None) -> tuple[Array, Array]:
         if not self.layers:
-            return super().backward_added(da, a, activation)
-        dx, dresidual = self.layers[-1].backward_added(da, a, activation)
+            return super().backward_added(da, activation)
+        dx, dresidual = self.layers[-1].backward_added(da, activation)
         for layer in reversed(self.layers[:-1]):
             dx = layer.backward(dx)
         return dx, dresidual
@@ -106,13 +106,12 @@ class Residual(Layer):
     def forward(self, x: Array, training: bool = False) -> Array:
         shortcut = self.shortcut.forward(x, training) if self.shortcut else self.receive(x)
         a = self.body.forward_added(x, shortcut, self.activation, training)
-        self.save(training, a)
+        self.save(training, a.shape)
         return a
 
     def backward(self, dy: Array) -> Array:
-        (a,) = self.take_saved()
-        da = self.receive_gradient(dy, a.shape)
-        dx, dshortcut = self.body.backward_added(da, a, self.activation)
+        (shape,) = self.take_saved()
+        dx, dshortcut = self.body.backward_added(self.receive_gradient(dy, shape), self.activation)
         if self.shortcut:
             dshortcut = self.shortcut.backward(dshortcut)
         return self.backend.activate(dx, dshortcut, None)
@@ -152,10 +151,14 @@ class Concat(Layer):
         (shape,) = self.take_saved()
         dy = self.receive_gradient(dy, shape)
         dx, start = None, 0
-        for layer in self.branches:
+        for number, layer in enumerate(self.branches):
             end = start + layer.output_shape[-1]
             part = layer.backward(dy[..., start:end])
-            dx = part if dx is None else dx + part
+            if number > 1:
+                dx += part
+            else:  # what a layer gives may be dy itself
+                dx = part if dx is None else dx + part
+            del part  # before the next branch needs memory
             start = end
         return dx
 

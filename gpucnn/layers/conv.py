@@ -93,14 +93,18 @@ class Conv2D(Layer):
             self.output_moments = None if moments is None else (a, moments)
         else:
             a = self.backend.conv2d(*arguments)
-        self.save(training, x, a, window)
+        self.save(training, x, a if self.activation else None, a.shape, window)
         return a
 
     def forward_added(self, x: Array, residual: Array, activation: str | None,
                       training: bool = False) -> Array:
-        if self.activation is not None:  # comes before the addition
+        if not self.adds(activation):
             return super().forward_added(x, residual, activation, training)
-        return self._forward(x, residual, activation, training)
+        a = self._forward(x, residual, activation, training)
+        return self.save_added(a, activation, training)
+
+    def adds(self, activation: str | None) -> bool:
+        return self.activation is None  # it would come before the addition
 
     def backward(self, dy: Array) -> Array:
         return self._backward(dy, input_gradient=True)
@@ -109,11 +113,14 @@ class Conv2D(Layer):
         self._backward(dy, input_gradient=False)
 
     def _backward(self, dy: Array, input_gradient: bool) -> Array:
-        x, a, window = self.take_saved()
-        da = self.receive_gradient(dy, a.shape)
-        return self.backend.conv2d_backward(
-            da, a, x, self.w.cast, window, self.groups, self.activation, self.w.grad,
-            self.b.grad if self.b else None, input_gradient, self.algorithm, self.precision.tf32)
+        x, a, shape, window = self.take_saved()
+        da = self.receive_gradient(dy, shape)
+        finish = self.backend.start_conv2d_backward(
+            da, da if a is None else a, x, self.w.cast, window, self.groups, self.activation,
+            self.w.grad, self.b.grad if self.b else None, input_gradient, self.algorithm,
+            self.precision.tf32)
+        del da, a, x  # before there is memory for dx
+        return finish()
 
     def plan(self, batch: int, input_gradient: bool = True) -> dict[str, PassPlan]:
         """As Layer.plan. Raises ValueError where the algorithm cannot compute this convolution."""

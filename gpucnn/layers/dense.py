@@ -44,7 +44,7 @@ class Dense(Layer):
                              f"{self.w.shape[0]}")
         a = self.backend.dense(x, self.w.cast, self.b.data if self.b else None, self.activation,
                                self.precision.tf32)
-        self.save(training, x, a)
+        self.save(training, x, a if self.activation else None, a.shape)
         return a
 
     def backward(self, dy: Array) -> Array:
@@ -54,11 +54,11 @@ class Dense(Layer):
         self._backward(dy, input_gradient=False)
 
     def _backward(self, dy: Array, input_gradient: bool) -> Array:
-        x, a = self.take_saved()
-        da = self.receive_gradient(dy, a.shape)
+        x, a, shape = self.take_saved()
+        da = self.receive_gradient(dy, shape)
         return self.backend.dense_backward(
-            da, a, x, self.w.cast, self.activation, self.w.grad, self.b.grad if self.b else None,
-            input_gradient, self.precision.tf32)
+            da, da if a is None else a, x, self.w.cast, self.activation, self.w.grad,
+            self.b.grad if self.b else None, input_gradient, self.precision.tf32)
 
     def plan(self, batch: int, input_gradient: bool = True) -> dict[str, PassPlan]:
         return self.backend.dense_plan(batch, self.w.shape[0], self.units, self.dtype,

@@ -63,7 +63,7 @@ class BatchNorm(Layer):
 
     def forward_added(self, x: Array, residual: Array, activation: str | None,
                       training: bool = False) -> Array:
-        if not self._can_add(activation):
+        if not self.adds(activation):
             return super().forward_added(x, residual, activation, training)
         self.check_residual(x.shape, residual)
         return self._forward(x, residual, activation, training)
@@ -71,13 +71,12 @@ class BatchNorm(Layer):
     def backward(self, dy: Array) -> Array:
         return self._backward(dy, self.activation, has_residual=False)[0]
 
-    def backward_added(self, da: Array, a: Array, activation: str | None) -> tuple[Array, Array]:
-        if not self._can_add(activation):
-            return super().backward_added(da, a, activation)
+    def backward_added(self, da: Array, activation: str | None) -> tuple[Array, Array]:
+        if not self.adds(activation):
+            return super().backward_added(da, activation)
         return self._backward(da, activation, has_residual=True)
 
-    def _can_add(self, activation: str | None) -> bool:
-        """Whether there is no activation before the addition, and a known one after it."""
+    def adds(self, activation: str | None) -> bool:
         return self.activation is None and activation in (None, *activations.FUSED_WITH_NORM)
 
     def multiply_adds(self) -> int:
@@ -98,8 +97,13 @@ class BatchNorm(Layer):
                                                            self._moments_of(x))
         a = self.backend.batch_norm(x, mean, var, self.gamma.data, self.beta.data, self.epsilon,
                                     residual, activation)
-        self.save(training, x, a if activation else None, mean, var)
+        needed = self._needs_output(activation, residual is not None)
+        self.save(training, x, a if needed else None, mean, var)
         return a
+
+    def _needs_output(self, activation: str | None, has_residual: bool) -> bool:
+        """Whether the backward pass is to be given what the forward pass gave."""
+        return activation is not None and (has_residual or not self.backend.norm_recomputes)
 
     def _moments_of(self, x: Array) -> Any:
         """What the layer before this one may have computed of x beside it."""

@@ -231,13 +231,6 @@ def _note_allocation(array: np.ndarray) -> None:
         capturing.made.append(array)
 
 
-def _root(array: np.ndarray) -> np.ndarray:
-    """The array that owns the memory."""
-    while isinstance(array.base, np.ndarray):
-        array = array.base
-    return array
-
-
 def empty_like(array, dtype=None):
     return empty(array.shape, dtype or array.dtype)
 
