@@ -44,7 +44,7 @@ def conv2d(backend: Backend, x: Array, w: Array, b: Array | None, window: Window
             z[...] = _join_groups(xp.matmul(_split_columns(cols, window, groups), filters))
         finish(xp, a[images], bias, activation, None if residual is None else residual[images])
 
-    backend.for_each(convolve, _blocks(backend, x, w, window))
+    backend.for_each(convolve, image_blocks(backend, x, w, window))
     return a
 
 
@@ -74,7 +74,7 @@ def conv2d_backward(backend: Backend, da: Array, a: Array, x: Array, w: Array, w
         if dx is not None:
             dx[images] = _fold(backend, dcols, x[images].shape, window)
 
-    dfilters, db = backend.sum_over(add, _blocks(backend, x, w, window),
+    dfilters, db = backend.sum_over(add, image_blocks(backend, x, w, window),
                                     [filters, xp.empty(w.shape[-1], w.dtype)])
     dw = dfilters.reshape(groups, *w.shape[:3], -1).transpose(1, 2, 3, 0, 4).reshape(w.shape)
     return dx, xp.ascontiguousarray(dw), db
@@ -99,7 +99,7 @@ def finish(xp: Any, z: Array, bias: Array | None, activation: str | None,
     activate(xp, activation, z)
 
 
-def _blocks(backend: Backend, x: Array, w: Array, window: Window) -> list[slice]:
+def image_blocks(backend: Backend, x: Array, w: Array, window: Window) -> list[slice]:
     """The batch in blocks whose columns take about block_bytes, or half of what the filters take.
 
     For the filters are read once a block.

@@ -4,10 +4,10 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -37,12 +37,17 @@ class PassPlan(NamedTuple):
 
     tile: of the result, that a block of threads computes, or "". splits: of each sum.
     workspace: bytes of memory beside its arrays.
+    kept: those of them that the CPU's threads keep for the next pass, by the names that
+        parallel.scratch() has for them.
+    in_steps: of a gradient, whether dz is an array of its own, and dw done before dx is begun.
     """
 
     algorithm: str
     tile: str = ""
     splits: int = 1
     workspace: int = 0
+    kept: Mapping[str, int] = MappingProxyType({})
+    in_steps: bool = False
 
 
 class Fetch(Protocol):
@@ -137,6 +142,12 @@ class Backend(Protocol):
         """n items in blocks of about block_bytes, or of `least_bytes` where that is more.
 
         Their length depends on the arguments alone, so that sums over blocks are always the same.
+        """
+
+    def scratch_bytes(self, n: int, nbytes: int, block_nbytes: int) -> int:
+        """Bytes that the CPU's threads have at a time of arrays that are made in blocks; GPUs: 0.
+
+        nbytes: of the arrays for all n items. block_nbytes: what blocks() is told of all n items.
         """
 
     def for_each(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:

@@ -95,6 +95,9 @@ class CupyBackend:
     def blocks(self, n: int, item_bytes: int, least_bytes: int = 0) -> list[slice]:
         return blocks_of(n, max(self.block_bytes, least_bytes) // max(1, item_bytes))
 
+    def scratch_bytes(self, n: int, nbytes: int, block_nbytes: int) -> int:
+        return 0
+
     def for_each(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
         for item in items:
             work(item)
@@ -201,7 +204,8 @@ class CupyBackend:
         passes["weight gradient"] = weight_gradient_plan(p, algorithm)
         return {name: PassPlan(
             plan.algorithm + plan.cores, f"{plan.tile.m}x{plan.tile.n}" if plan.tile else "",
-            plan.splits, columns if plan.algorithm == "im2col" else plan.workspace)
+            plan.splits, columns if plan.algorithm == "im2col" else plan.workspace,
+            in_steps=plan.algorithm != "im2col")
             for name, plan in passes.items()}
 
     def dense(self, x: Any, w: Any, b: Any, activation: str | None, tf32: bool = False) -> Any:

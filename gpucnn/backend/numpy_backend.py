@@ -33,7 +33,9 @@ from gpucnn.backend.convolution_ways import (
     PRODUCT,
     ROWS,
     backward_way,
+    backward_workspace,
     forward_way,
+    forward_workspace,
 )
 from gpucnn.backend.recycling import Recycler
 from gpucnn.backend.row_convolution import pad
@@ -120,6 +122,10 @@ class NumpyBackend:
             count = 1 << count.bit_length() - 1
         return blocks_of(n, -(-n // count))
 
+    def scratch_bytes(self, n: int, nbytes: int, block_nbytes: int) -> int:
+        blocks = self.blocks(n, block_nbytes // n)
+        return nbytes * blocks[0].stop // n * min(parallel.thread_count(), len(blocks))
+
     def for_each(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
         parallel.for_each(work, items)
 
@@ -200,9 +206,14 @@ class NumpyBackend:
         convolution_algorithm(algorithm)  # is not followed here; but a misspelled one is refused
         forward = forward_way(window, groups, x_shape, w_shape[-1])
         backward = backward_way(window, groups, x_shape, w_shape[-1], input_gradient)
-        return {"forward": PassPlan(forward),
+        arguments = self, x_shape, w_shape, window, np.dtype(dtype)
+        kept, freed = forward_workspace(forward, *arguments)
+        kept_back, freed_back = backward_workspace(backward, *arguments, input_gradient)
+        # One pass over the images makes both gradients: what it takes is told once.
+        return {"forward": PassPlan(forward, workspace=sum(kept.values()) + freed, kept=kept),
                 **({"input gradient": PassPlan(backward)} if input_gradient else {}),
-                "weight gradient": PassPlan(backward)}
+                "weight gradient": PassPlan(backward, kept=kept_back,
+                                            workspace=sum(kept_back.values()) + freed_back)}
 
     def dense(self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None, activation: str | None,
               tf32: bool = False) -> np.ndarray:

@@ -74,8 +74,7 @@ def for_each(work: Callable[[Any], None], items: Sequence[Any]) -> None:
 def sum_over(work: Callable[..., None], items: Sequence[Any], like: Sequence[np.ndarray]
              ) -> list[np.ndarray]:
     """The sums of what work(item, *totals) adds to arrays of zeros with the shapes of `like`."""
-    most = _SHARES_BYTES // max(1, sum(a.nbytes for a in like))
-    count = max(1, min(len(items), _MOST_SHARES, most))
+    count = shares(len(items), sum(a.nbytes for a in like))
     totals = [np.zeros((count, *a.shape), a.dtype) for a in like]
 
     def add_share(share: int) -> None:
@@ -84,6 +83,11 @@ def sum_over(work: Callable[..., None], items: Sequence[Any], like: Sequence[np.
 
     for_each(add_share, range(count))
     return [total.sum(axis=0) if count > 1 else total[0] for total in totals]
+
+
+def shares(items: int, nbytes: int) -> int:
+    """In how many parts sum_over() adds so many items, each with sums of so many bytes."""
+    return max(1, min(items, _MOST_SHARES, _SHARES_BYTES // max(1, nbytes)))
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

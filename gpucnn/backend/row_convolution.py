@@ -31,6 +31,7 @@ from gpucnn.numerics import sum_rows
 # of its own (its small matrix kernels for AVX-512; 90 against 112 GFLOP/s a core for the sizes at
 # hand). Other BLAS libraries lose nothing by it.
 IN_PLACE = 10**6
+LEAST_PIXELS = 64  # of a product of the weight gradient
 LEAST_ROW = 16  # numbers in a row of taps: with fewer, im2col is as fast
 
 Block = tuple[slice, slice, slice]  # images, rows of the output, rows of the input
@@ -86,7 +87,7 @@ def conv2d_backward(backend: Backend, da: np.ndarray, a: np.ndarray, x: np.ndarr
         source, part = band(window, x.shape[1], rows)
         cols = _unfold(x[images, source], part)
         for dw_row, cols_row in zip(dw, _rows_under(cols, part, dz.shape[1])):
-            for taps, errors in _in_place(cols_row, dz, least_pixels=64):
+            for taps, errors in _in_place(cols_row, dz, LEAST_PIXELS):
                 products = parallel.scratch("products", (*taps.shape[:2], *dw_row.shape), x.dtype)
                 np.matmul(taps.transpose(0, 1, 3, 2), errors, out=products)
                 dw_row += products.sum(axis=(0, 1))

@@ -4,8 +4,19 @@ from __future__ import annotations
 import math
 
 from gpucnn.backend import LEAKY_SLOPE, Array
-from gpucnn.layers.base import Layer
+from gpucnn.layers.base import Layer, LayerMemory
 from gpucnn.numerics import log_softmax
+
+# Arrays that activations.py makes beside its result, forward and backward.
+_TEMPORARIES = {"relu": (0, 1), "leaky_relu": (1, 4), "sigmoid": (4, 1), "tanh": (0, 1)}
+
+
+def temporaries(layer: Layer, activation: str, batch: int) -> tuple[int, int]:
+    """Bytes that Backend.activate and activation_backward take beside, of the layer's output."""
+    y = layer.nbytes(batch, layer.output_shape)
+    n, (forward, backward) = y // layer.dtype.itemsize, _TEMPORARIES[activation]
+    return (layer.backend.scratch_bytes(n, forward * y, 2 * y),
+            layer.backend.scratch_bytes(n, backward * y, 3 * y))
 
 
 class _Pointwise(Layer):
@@ -22,6 +33,10 @@ class _Pointwise(Layer):
         (a,) = self.take_saved()
         return self.backend.activation_backward(self.receive_gradient(dy, a.shape), a, self.kind,
                                                 self.slope)
+
+    def memory(self, batch: int, input_gradient: bool = True) -> LayerMemory:
+        forward, backward = temporaries(self, self.kind, batch)
+        return LayerMemory("y", forward=forward, backward=(("y", backward),))
 
 
 class ReLU(_Pointwise):
@@ -72,6 +87,9 @@ class GELU(Layer):
         (x,) = self.take_saved()
         return self.backend.gelu_backward(self.receive_gradient(dy, x.shape), x)
 
+    def memory(self, batch: int, input_gradient: bool = True) -> LayerMemory:
+        return LayerMemory("x", backward=(("x", 0),))
+
 
 class Scale(Layer):
     """factor x, with a factor that is not learned."""
@@ -92,6 +110,9 @@ class Scale(Layer):
     def backward(self, dy: Array) -> Array:
         (shape,) = self.take_saved()
         return self._scaled(self.receive_gradient(dy, shape))
+
+    def memory(self, batch: int, input_gradient: bool = True) -> LayerMemory:
+        return LayerMemory("", backward=(("", 0),))
 
     def _scaled(self, x: Array) -> Array:
         return (x * self.factor).astype(x.dtype, copy=False)
@@ -116,3 +137,8 @@ class Softmax(Layer):
         (y,) = self.take_saved()
         dy = self.receive_gradient(dy, y.shape)
         return y * (dy - (dy * y).sum(axis=-1, keepdims=True))
+
+    def memory(self, batch: int, input_gradient: bool = True) -> LayerMemory:
+        y = self.nbytes(batch, self.output_shape)
+        exact = y // self.dtype.itemsize * self.precision.parameters.itemsize
+        return LayerMemory("y", forward=exact, backward=(("y", y),))

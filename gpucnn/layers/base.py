@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -20,7 +21,7 @@ Initializer = Callable[[Shape, int, int], np.ndarray]  # (shape, key, stream) ->
 _LAYER_KEYS = 0xD809_0000_0000_0000
 # Each parameter starts at a multiple of so many elements of the flat arrays: 16 bytes or more that
 # a GPU reads at once, in a 16-bit copy too. The gaps hold zeros, and so do their gradients.
-_ALIGNMENT = 8
+ALIGNMENT = 8
 
 
 class Parameter:
@@ -42,6 +43,29 @@ class Parameter:
     @property
     def size(self) -> int:
         return int(np.prod(self.shape))
+
+
+class LayerMemory(NamedTuple):
+    """What a layer's passes have in memory for a batch, beside their input and what they give.
+
+    saves: "x" and "y" in any order: which of its input and its output forward() keeps.
+    other: bytes that it keeps for backward() beside.
+    forward: bytes that forward() takes for a while.
+    backward: the parts of backward(), in order: what of `saves` is kept so long, and bytes that the
+        part takes. dx is made in the last.
+    buffers: bytes that it has all the time beside its parameters.
+    scratch: bytes that the CPU's threads keep for all passes that are to come, by the names that
+        backend/parallel.py has for them.
+    view: whether what forward() gives is x itself, and what backward() gives dy.
+    """
+
+    saves: str = "xy"
+    other: int = 0
+    forward: int = 0
+    backward: tuple[tuple[str, int], ...] = (("xy", 0),)
+    buffers: int = 0
+    scratch: Mapping[str, int] = MappingProxyType({})
+    view: bool = False
 
 
 class Layer:
@@ -146,6 +170,17 @@ class Layer:
         """
         return {}
 
+    def memory(self, batch: int, input_gradient: bool = True) -> LayerMemory:
+        """What forward() and backward() keep and take; by default x, y and nothing beside.
+
+        input_gradient: False for backward_parameters(), where that is not the same.
+        """
+        return LayerMemory()
+
+    def memory_added(self, batch: int, activation: str | None) -> LayerMemory:
+        """The same of forward_added() and backward_added(), where adds(activation)."""
+        return self.memory(batch)
+
     def children(self) -> dict[str, Layer]:
         """The layers inside this one, by name."""
         return {}
@@ -186,7 +221,7 @@ class Layer:
         drawn = [p.initializer(p.shape, seed, stream)
                  for stream, p in enumerate(self.parameters().values())]
         order = sorted(zip(self.parameters().values(), drawn), key=lambda pair: not pair[0].decay)
-        sizes = [-(-p.size // _ALIGNMENT) * _ALIGNMENT for p, _ in order]
+        sizes = [-(-p.size // ALIGNMENT) * ALIGNMENT for p, _ in order]
         self.decayed_size = sum(size for size, (p, _) in zip(sizes, order) if p.decay)
         flat = np.concatenate([np.empty(0), *(np.append(values, np.zeros(size - p.size))
                                               for size, (p, values) in zip(sizes, order))])
@@ -280,6 +315,10 @@ class Layer:
                             f"cast with x.astype('{self.dtype}')")
         return self._cast("input", x)
 
+    def nbytes(self, batch: int, shape: Shape) -> int:
+        """Of an array of activations, given the shape of a sample."""
+        return batch * int(np.prod(shape)) * self.dtype.itemsize
+
     def save(self, training: bool, *values: Any) -> None:
         """Keep values for backward(), in training only."""
         self._saved = values if training else None
@@ -319,7 +358,8 @@ class Layer:
             raise ValueError(f"{self.where}: the output has shape {shape}, what is added to it "
                              f"{residual.shape}; they must be equal")
 
-    def summary(self, input_shape: Shape, *, plan: bool = False, batch: int = 64) -> None:
+    def summary(self, input_shape: Shape, *, plan: bool = False, memory: bool = False,
+                batch: int = 64, optimizer: Any = None) -> None:
         """Print a table: each layer's output shape, parameters and multiply-adds.
 
         Its last column holds the weights that a dense layer between the same shapes would need:
@@ -327,14 +367,24 @@ class Layer:
 
         plan: print instead by which algorithm, in which tiles and with what memory beside its
             arrays this backend computes each pass of the convolutions and dense layers.
+        memory: print instead what a training step has in memory: of each layer, what its forward
+            pass keeps for backward (and no layer before it keeps already), and all that is alive at
+            most during each of its passes; then the sums, and the peak. The caller holds the batch,
+            in the model's dtype. What an allocator keeps of freed memory comes on top.
         batch: for how many images.
+        optimizer: for memory, one of gpucnn.optim or its class, whose state counts too.
 
-        Raises TypeError and ValueError for an input_shape or batch that is none, or not the one
-        that the model was built for.
+        Raises TypeError and ValueError for an input_shape, batch or optimizer that is none, for an
+        input_shape that the model was not built for, and for plan and memory at once.
         """
-        from gpucnn.layers.summary import plan_table, summary_table
+        from gpucnn.layers.summary import memory_table, plan_table, summary_table
         shape = self._shape_of_input(input_shape)
-        print(plan_table(self, shape, batch) if plan else summary_table(self, shape))
+        if plan and memory:
+            raise ValueError(f"{self.where}: plan and memory are two tables; ask for one at a time")
+        if memory:
+            print(memory_table(self, shape, batch, optimizer))
+        else:
+            print(plan_table(self, shape, batch) if plan else summary_table(self, shape))
 
     def _shape_of_input(self, input_shape: Any) -> Shape:
         wanted = "input_shape must be ints >= 1 without the batch axis, such as (28, 28, 1)"

@@ -14,7 +14,15 @@ from gpucnn.geometry import (
     make_window,
     pair,
 )
-from gpucnn.layers.base import Layer, Parameter, Shape, constant, dirac, he_normal
+from gpucnn.layers.base import (
+    Layer,
+    LayerMemory,
+    Parameter,
+    Shape,
+    constant,
+    dirac,
+    he_normal,
+)
 from gpucnn.ops import check_channels
 
 INITIALIZERS = ("he", "dirac")
@@ -135,6 +143,25 @@ class Conv2D(Layer):
     def window(self) -> Window:
         """Over images of the shape that the layer was built for."""
         return self._window((1, *self.input_shape))
+
+    def memory(self, batch: int, input_gradient: bool = True) -> LayerMemory:
+        plans = self.plan(batch, input_gradient)
+        forward, dw, dx = (plans.get(name, PassPlan("")) for name in (
+            "forward", "weight gradient", "input gradient"))
+        needs = [plan.workspace - sum(plan.kept.values()) for plan in (forward, dw, dx)]
+        saves = "xy" if self.activation else "x"
+        x, y = (self.nbytes(batch, shape) for shape in (self.input_shape, self.output_shape))
+        dz = y if self.activation else 0
+        if dw.in_steps:
+            backward: tuple[tuple[str, int], ...] = ((saves, dz), ("x", dz + needs[1]))
+            if input_gradient:
+                backward = (*backward, ("", dz + needs[2]))
+        else:  # in blocks
+            dz = self.backend.scratch_bytes(batch, dz, x * self.kernel_size[1] + y)
+            backward = ((saves, dz + needs[1] + needs[2]),)
+        scratch = {name: max(forward.kept.get(name, 0), dw.kept.get(name, 0))
+                   for name in (*forward.kept, *dw.kept)}
+        return LayerMemory(saves, forward=needs[0], backward=backward, scratch=scratch)
 
     def multiply_adds(self) -> int:
         return math.prod(self.output_shape[:2]) * self.w.size

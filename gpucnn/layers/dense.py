@@ -4,7 +4,15 @@ from __future__ import annotations
 from gpucnn import activations
 from gpucnn.backend import Array, PassPlan
 from gpucnn.geometry import integer
-from gpucnn.layers.base import Layer, Parameter, Shape, constant, glorot_uniform, he_normal
+from gpucnn.layers.base import (
+    Layer,
+    LayerMemory,
+    Parameter,
+    Shape,
+    constant,
+    glorot_uniform,
+    he_normal,
+)
 
 
 class Dense(Layer):
@@ -63,6 +71,14 @@ class Dense(Layer):
     def plan(self, batch: int, input_gradient: bool = True) -> dict[str, PassPlan]:
         return self.backend.dense_plan(batch, self.w.shape[0], self.units, self.dtype,
                                        input_gradient, self.precision.tf32)
+
+    def memory(self, batch: int, input_gradient: bool = True) -> LayerMemory:
+        plans = self.plan(batch, input_gradient)
+        forward = plans.pop("forward").workspace
+        saves = "xy" if self.activation else "x"
+        dz = self.nbytes(batch, self.output_shape) if self.activation else 0
+        most = max(plan.workspace for plan in plans.values())
+        return LayerMemory(saves, forward=forward, backward=((saves, dz + most),))
 
     def multiply_adds(self) -> int:
         return self.w.size

@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 
 from gpucnn.backend import Array
-from gpucnn.layers.base import Layer
+from gpucnn.layers.base import Layer, LayerMemory
 
 
 class Dropout(Layer):
@@ -50,3 +50,11 @@ class Dropout(Layer):
         shape, step = self.take_saved()
         dy = self.receive_gradient(dy, shape)
         return self.backend.dropout(dy, self.rate, self.key, step) if self.rate else dy
+
+    def memory(self, batch: int, input_gradient: bool = True) -> LayerMemory:
+        n = self.nbytes(batch, self.output_shape) // self.dtype.itemsize
+        # On the CPU the random words are drawn in blocks, in as many bytes for each.
+        words = self.backend.scratch_bytes(n, 28 * n, 24 * n)
+        if self.rate == 0:
+            return LayerMemory("", other=8, view=True)
+        return LayerMemory("", other=8, forward=words, backward=(("", words),))

@@ -6,7 +6,7 @@ from typing import Any
 
 from gpucnn import activations
 from gpucnn.backend import Array
-from gpucnn.layers.base import Layer, Parameter, Shape, constant
+from gpucnn.layers.base import Layer, LayerMemory, Parameter, Shape, constant
 from gpucnn.ops import check_epsilon
 
 
@@ -78,6 +78,20 @@ class BatchNorm(Layer):
 
     def adds(self, activation: str | None) -> bool:
         return self.activation is None and activation in (None, *activations.FUSED_WITH_NORM)
+
+    def memory(self, batch: int, input_gradient: bool = True) -> LayerMemory:
+        return self._memory(batch, self.activation, has_residual=False)
+
+    def memory_added(self, batch: int, activation: str | None) -> LayerMemory:
+        return self._memory(batch, activation, has_residual=True)
+
+    def _memory(self, batch: int, activation: str | None, has_residual: bool) -> LayerMemory:
+        x = self.nbytes(batch, self.input_shape)
+        saves = "xy" if self._needs_output(activation, has_residual) else "x"
+        both = 2 * self.gamma.size * self.precision.parameters.itemsize  # mean and var
+        return LayerMemory(saves, other=both, backward=((saves, 0),),
+                           buffers=both if self.scale else 2 * both, scratch={
+                               "batch_norm": self.backend.scratch_bytes(batch, x, x)})
 
     def multiply_adds(self) -> int:
         return math.prod(self.output_shape)

@@ -1,10 +1,14 @@
 """Pooling layers: the largest or the mean value of each window, channel by channel."""
 from __future__ import annotations
 
+import math
+
+import numpy as np
+
 from gpucnn.activations import check_name
 from gpucnn.backend import Array
 from gpucnn.geometry import IntOrPair, Padding, Window, check_pool_window, make_window, pair
-from gpucnn.layers.base import Layer, Shape
+from gpucnn.layers.base import Layer, LayerMemory, Shape
 
 
 class MaxPool2D(Layer):
@@ -45,6 +49,13 @@ class MaxPool2D(Layer):
         dy = self.receive_gradient(dy, mask.shape)
         return self.backend.max_pool_backward(dy, mask, x_shape, window)
 
+    def memory(self, batch: int, input_gradient: bool = True) -> LayerMemory:
+        window = self._window((1, *self.input_shape))
+        mask = batch * math.prod(self.output_shape) * np.dtype(window.mask_dtype).itemsize
+        padded = _padded_shape(self, window)
+        return LayerMemory("", other=mask, backward=(("", 0),), scratch={
+            "padded": _scratch(self, batch, padded) if padded != self.input_shape else 0})
+
     def _window(self, x_shape: Shape) -> Window:
         return _pool_window(self, x_shape, self.dilation)
 
@@ -81,6 +92,12 @@ class AvgPool2D(Layer):
         dy = self.receive_gradient(dy, y_shape)
         return self.backend.avg_pool_backward(dy, x_shape, window)
 
+    def memory(self, batch: int, input_gradient: bool = True) -> LayerMemory:
+        padded = _padded_shape(self, _pool_window(self, (1, *self.input_shape), 1))
+        return LayerMemory("", backward=(("", 0),), scratch={
+            "rows": _scratch(self, batch, (self.output_shape[0], *padded[1:])),
+            "padded": _scratch(self, batch, padded) if padded != self.input_shape else 0})
+
 
 class GlobalAvgPool2D(Layer):
     """The mean of each channel over the whole image: (n, h, w, c) -> (n, c)."""
@@ -101,9 +118,23 @@ class GlobalAvgPool2D(Layer):
         dy = self.receive_gradient(dy, (x_shape[0], x_shape[3]))
         return self.backend.global_avg_pool_backward(dy, x_shape)
 
+    def memory(self, batch: int, input_gradient: bool = True) -> LayerMemory:
+        return LayerMemory("", backward=(("", 0),))
+
 
 def _pool_window(layer: MaxPool2D | AvgPool2D, x_shape: Shape, dilation: IntOrPair) -> Window:
     h, w = x_shape[1], x_shape[2]
     window = make_window(layer.where, layer.size, layer.stride, layer.padding, dilation, (h, w))
     check_pool_window(layer.where, window, h, w)
     return window
+
+
+def _padded_shape(layer: Layer, window: Window) -> Shape:
+    h, w, c = layer.input_shape
+    return h + window.top + window.bottom, w + window.left + window.right, c
+
+
+def _scratch(layer: Layer, batch: int, shape: Shape) -> int:
+    """Bytes of arrays of that shape that pooling makes on the CPU, block by block."""
+    x = layer.nbytes(batch, layer.input_shape)
+    return layer.backend.scratch_bytes(batch, layer.nbytes(batch, shape), 2 * x)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from gpucnn.backend import Array
 from gpucnn.geometry import integer
-from gpucnn.layers.base import Layer, Shape
+from gpucnn.layers.base import Layer, LayerMemory, Shape
 
 
 class Flatten(Layer):
@@ -25,6 +25,9 @@ class Flatten(Layer):
     def backward(self, dy: Array) -> Array:
         (shape,) = self.take_saved()
         return self.receive_gradient(dy, (shape[0], math.prod(shape[1:]))).reshape(shape)
+
+    def memory(self, batch: int, input_gradient: bool = True) -> LayerMemory:
+        return LayerMemory("", view=True)
 
 
 class SpaceToDepth(Layer):
@@ -80,6 +83,9 @@ class SpaceToDepth(Layer):
 
         self._for_images(scatter, dy)
         return dx
+
+    def memory(self, batch: int, input_gradient: bool = True) -> LayerMemory:
+        return LayerMemory("", backward=(("", 0),))
 
     def _for_images(self, work: Callable[[slice], None], y: Array) -> None:
         item = math.prod(y.shape[1:]) * y.itemsize

@@ -9,7 +9,7 @@ import numpy as np
 from gpucnn import rng
 from gpucnn.backend import Array, PassPlan
 from gpucnn.geometry import IntOrPair, Window, make_window, pair
-from gpucnn.layers.base import Layer, Parameter, Shape, constant
+from gpucnn.layers.base import Layer, LayerMemory, Parameter, Shape, constant
 from gpucnn.numerics import blocks_of
 from gpucnn.ops import as_array, check_channels
 
@@ -112,6 +112,15 @@ class Whiten2D(Layer):
             (batch, *self.input_shape), self._filter_shape(), self.window, 1, self.dtype,
             input_gradient=input_gradient, tf32=self.precision.tf32)
         return {name: plan for name, plan in plans.items() if name != "weight gradient"}
+
+    def memory(self, batch: int, input_gradient: bool = True) -> LayerMemory:
+        plans = self.plan(batch, input_gradient)
+        scratch = plans["forward"].kept
+        forward, backward = (plan.workspace - sum(plan.kept.values()) for plan in (
+            plans["forward"], plans.get("input gradient", PassPlan(""))))
+        filters = math.prod(self._filter_shape()) * self.precision.parameters.itemsize
+        return LayerMemory("x", forward=forward, backward=(("x", backward),), buffers=filters,
+                           scratch=scratch)
 
     @property
     def window(self) -> Window:
