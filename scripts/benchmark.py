@@ -67,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
         if name == "step":
             c.add_argument("--profile", action="store_true",
                            help="also the time of each layer of gpucnn")
+            c.add_argument("--memory", action="store_true",
+                           help="also the bytes that are alive at most in each layer of gpucnn, "
+                                "and those that model.summary() predicts")
     return p
 
 
@@ -105,6 +108,8 @@ def run_nets(arguments: argparse.Namespace, backend: Backend, report: dict[str, 
         report["results"] += rows
         if arguments.command == "step" and arguments.profile:
             report.setdefault("profiles", []).append(run_profile(arguments, workload, report))
+        if arguments.command == "step" and arguments.memory:
+            report.setdefault("layer_memory", []).append(run_memory(workload, report))
 
 
 def run_ops(arguments: argparse.Namespace, backend: Backend, report: dict[str, Any]) -> None:
@@ -180,6 +185,26 @@ def run_profile(arguments: argparse.Namespace, workload: dict[str, Any],
     print_table(["layer", "output", "forward ms", "backward ms", "of step", "fw GFLOP/s",
                  "bw GFLOP/s", "fw of peak", "bw of peak"], lines)
     return profile
+
+
+def run_memory(workload: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """The bytes alive in each layer's passes in a step of gpucnn, as measured and as predicted."""
+    with Contest(["gpucnn"], {**workload, "what": "memory"}, report) as contest:
+        memory = contest.ask("gpucnn", "profile", steps=1)
+    if not memory:
+        raise GpucnnError(f"no memory: {contest.reasons['gpucnn']}")
+    memory |= {"model": workload["model"], "batch": workload["batch"]}
+    names = "keeps", "forward", "predicted_forward", "backward", "predicted_backward"
+    lines = [[f"{row['layer']} {row['class']}", by(row["output_shape"]),
+              *(mb(row[name]) for name in names)] for row in memory["rows"]]
+    lines += [[name, "", mb(memory[name]), *["-"] * 4] for name in (
+        "parameters", "gradients", "state", "activations", "workspace")]
+    print(f"\n{workload['model']}, batch {workload['batch']}: MB that are alive at most, and as "
+          f"predicted; the peak {memory['peak'] / 1e6:.2f}, "
+          f"predicted {memory['predicted_peak'] / 1e6:.2f} in {memory['where']}")
+    print_table(["layer", "output", "keeps", "forward", "predicted", "backward", "predicted"],
+                lines)
+    return memory
 
 
 def import_seconds(module: str, env: dict[str, str]) -> float:
@@ -286,6 +311,10 @@ def print_table(header: list[str], lines: list[list[str]]) -> None:
 
 def ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3f}"
+
+
+def mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.2f}"
 
 
 def model_name(text: str) -> str:

@@ -189,6 +189,38 @@ def test_step(tmp_path, broken_peers):
     assert profile["peak_flops_per_second"] > 0
 
 
+def test_step_with_memory(tmp_path):
+    out = tmp_path / "step.json"
+    result = run("scripts.benchmark", "step", "--model", "lenet5", *SMALL, out, "--memory",
+                 "--batch", "64")
+    (memory,) = json.loads(out.read_text())["layer_memory"]
+    assert (memory["model"], memory["batch"]) == ("lenet5", 64)
+    assert memory["peak"] == pytest.approx(memory["predicted_peak"], rel=0.1)
+    assert memory["peak"] == max(row[name] for row in memory["rows"]
+                                 for name in ("forward", "backward"))
+    assert [row["class"] for row in memory["rows"]] == [
+        "Conv2D", "AvgPool2D", "Conv2D", "AvgPool2D", "Flatten", "Dense", "Dense", "Dense"]
+    first = memory["rows"][0]
+    assert first["keeps"] == 64 * 28 * 28 * 6 * 4
+    assert first["forward"] > memory["parameters"] + memory["gradients"] + memory["state"]
+    printed = result.stdout.split("\nlenet5, batch 64: MB that are alive at most")[1].splitlines()
+    assert printed[0].endswith(f"predicted {memory['predicted_peak'] / 1e6:.2f} in "
+                               f"{memory['where']}")
+    assert printed[1].split() == ["layer", "output", "keeps", "forward", "predicted", "backward",
+                                  "predicted"]
+    assert printed[2].split()[:4] == ["conv1", "Conv2D", "28x28x6", "1.20"]
+
+
+def test_a_layers_memory_on_a_gpu_is_that_of_the_pool(cupy_backend):
+    """In the process of a contestant, all that the pool gives out is counted."""
+    workload = workload_of("lenet5", "memory", batch=2, device="cuda")
+    contestant = gpucnn_contestant.Contestant(workload)
+    memory = gpucnn_contestant.profile(contestant, 1)
+    fixed = memory["parameters"] + memory["gradients"] + memory["state"]
+    assert memory["peak"] - fixed == pytest.approx(memory["predicted_peak"] - fixed, rel=0.1)
+    assert "forward" not in vars(contestant.model.layers[0])  # nothing is left wrapped
+
+
 def test_infer_beside_a_peer(tmp_path):
     pytest.importorskip("torch")
     out = tmp_path / "infer.json"

@@ -12,6 +12,7 @@ import pytest
 from gpucnn import losses, models, optim
 from gpucnn.backend import make_backend, parallel
 from gpucnn.layers import (
+    GELU,
     AvgPool2D,
     BatchNorm,
     Concat,
@@ -25,10 +26,13 @@ from gpucnn.layers import (
     MaxPool2D,
     ReLU,
     Residual,
+    Scale,
     Sequential,
     Sigmoid,
     Softmax,
+    SpaceToDepth,
     Tanh,
+    Whiten2D,
 )
 from gpucnn.layers.memory import step_memory
 from scripts.contestants.layer_memory import Meter
@@ -66,6 +70,13 @@ def poolings() -> Layer:
         MaxPool2D(2, activation="relu"), Flatten(), Dense(64), Tanh(), Dense(10), Softmax()])
 
 
+def first_layers() -> Layer:
+    """What has nothing to learn before it has no backward pass."""
+    return Sequential([
+        SpaceToDepth(2), Whiten2D(2), GELU(), conv(16, bias=False), BatchNorm(scale=False),
+        GELU(), MaxPool2D(2), Flatten(), Dense(10), Scale(0.5)])
+
+
 # The net, the shape of an image, and a batch: on NumPy and, where each element takes longer, in
 # the simulator. Activations and what passes take beside make up most of what is compared.
 NETS = {
@@ -75,6 +86,7 @@ NETS = {
     "concat": (inception, (16, 16, 3), 64, 8),
     "residual": (residuals, (16, 16, 3), 64, 8),
     "pooling": (poolings, (16, 16, 3), 128, 8),
+    "first layers": (first_layers, (16, 16, 3), 512, 8),
 }
 
 
@@ -153,7 +165,7 @@ def reference(array):
     return weakref.ref(owner)
 
 
-@pytest.mark.parametrize("net", ["concat", "residual", "pooling"])
+@pytest.mark.parametrize("net", ["concat", "residual", "pooling", "first layers"])
 def test_a_layer_keeps_nothing_after_its_backward_pass(net, backend, monkeypatch):
     """Not even while the layers before it are still at work."""
     make, shape, _, few = NETS[net]
@@ -233,11 +245,13 @@ def test_an_own_layer_needs_no_memory_method():
             (x,) = self.take_saved()
             return self.receive_gradient(dy, x.shape) * 2
 
-    model = Sequential([Double()])
-    model.declare_at((4, 4, 8), "")
-    m = step_memory(model, (4, 4, 8), 16)
-    each = 16 * 4 * 4 * 8 * 4
-    assert (m.rows[0].saved, m.rows[0].forward, m.rows[0].backward) == (each, 2 * each, 4 * each)
+    model, each = Sequential([Flatten(), Dense(512), Double()]), 16 * 512 * 4
+    model.declare_at((4, 4, 32), "")
+    m = step_memory(model, (4, 4, 32), 16)
+    row, fixed = m.rows[2], m.parameters + m.gradients
+    assert row.saved == 2 * each  # Dense keeps the input alone
+    assert row.forward == fixed + 3 * each
+    assert row.backward == fixed + 5 * each
 
 
 def test_summary_prints_the_table(capsys, monkeypatch):

@@ -3,7 +3,7 @@
 NAME_contestant.py holds a class Contestant(workload). A workload is a JSON object:
 
     contestant  gpucnn, torch, torch-channels-last or jax
-    what        step, infer, op or profile
+    what        step, infer, op, profile or memory
     model, net  the name, and the description of each layer (benchmark.describe)
     batch       images in x
     device      cpu or cuda

@@ -15,6 +15,7 @@ from gpucnn.backend import get_backend
 from gpucnn.layers import Layer, from_config
 from gpucnn.models import MODELS
 from scripts.contestants import GEMM, LEARNING_RATE, Task, images, labels
+from scripts.contestants.layer_memory import Meter, beside_prediction
 
 
 class Contestant:
@@ -25,6 +26,7 @@ class Contestant:
         self.versions = {"gpucnn": gpucnn.__version__, "numpy": np.__version__,
                          self.backend.name: self.backend.xp.__version__}
         self.batch = workload["batch"]
+        self.meter = Meter(self.backend) if workload["what"] == "memory" else None
         if workload["what"] == "op":
             self.tasks = {op["task"]: self._op(op) for op in workload["ops"]}
             return
@@ -112,7 +114,12 @@ class Contestant:
 
 
 def profile(contestant: Contestant, steps: int) -> dict[str, Any]:
-    """Median seconds of `steps` steps and of their parts; with CuPy each part is waited for."""
+    """Median seconds of `steps` steps and of their parts; with CuPy each part is waited for.
+
+    Where the workload is memory, what is alive in one step instead.
+    """
+    if contestant.meter is not None:
+        return beside_prediction(contestant.meter, contestant)
     times: dict[str, list[float]] = defaultdict(list)
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
