@@ -6,6 +6,9 @@ lines of pytest's output say which.
 """
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -52,6 +55,28 @@ def _no_gpu_unless_asked(monkeypatch):
 def backend(request):
     with use_backend(request.param) as chosen:
         yield chosen
+
+
+_ON_A_GPU = """
+from tests import gpusim
+gpusim.install()
+import cupy
+import scripts.contestants as contestants
+cupy.cuda.MemoryPool.total_bytes = lambda pool: 1 << 20
+contestants.GPU_GEMM, contestants.GPU_COPIED = 32, 1 << 12
+"""
+
+
+@pytest.fixture
+def gpu(tmp_path):
+    """The environment of processes that find the simulator in CuPy's place, and their children."""
+    works, why_not = gpusim.available()
+    if not works:
+        pytest.skip(why_not)
+    (tmp_path / "sitecustomize.py").write_text(_ON_A_GPU)
+    root = Path(__file__).resolve().parents[1]
+    return {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}", "GPUCNN_BACKEND": "cupy",
+            "GPUSIM_CHECKS": "off", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture

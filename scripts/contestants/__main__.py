@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scripts.contestants import Contestant, Task
+from scripts.contestants import Contestant, Impossible, Task
 
 SETTLED = 0.95   # a time below this share of the best one shows that warm-up goes on
 PATIENCE = 10.0  # windows that warm-up may take
@@ -30,7 +30,8 @@ def main() -> None:
     except Exception as e:
         message = " ".join(str(e).split())
         kind = "not installed" if isinstance(e, ModuleNotFoundError) else type(e).__name__
-        print(json.dumps({"error": f"{kind}: {message}"}), file=replies, flush=True)
+        error = message if isinstance(e, Impossible) else f"{kind}: {message}"
+        print(json.dumps({"error": error}), file=replies, flush=True)
 
 
 def serve(name: str, workload: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -46,11 +47,15 @@ def serve(name: str, workload: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {"steps": warm_up(contestant, task, request["seconds"])}
         elif request["do"] == "window":
             task = contestant.tasks[request["task"]]
-            yield {"seconds": contestant.measure(task, request["steps"])}
+            started = time.perf_counter()
+            seconds = contestant.measure(task, request["steps"])
+            yield {"seconds": seconds, "wall": time.perf_counter() - started}
         elif request["do"] == "memory":
             peak = memory("VmHWM")
             yield {"peak_bytes": peak, "growth_bytes": peak - built,
-                   "device_bytes": contestant.device_bytes()}
+                   "device_bytes": contestant.device_bytes(), "notes": contestant.notes}
+        elif request["do"] == "digests":
+            yield module.digests(contestant, request["steps"])
         else:  # profile
             yield module.profile(contestant, request["steps"])
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -91,8 +92,12 @@ class Contest:
         return self._try(name, lambda child: child.ask(do, **options))
 
     def measure(self, task: str, windows: int, seconds: float) -> list[Row]:
-        """A row for each contestant: its time of the task in windows of about `seconds`."""
-        steps = {}
+        """A row for each contestant: its time of the task in windows of about `seconds`.
+
+        wall: the median of the windows on the host's clock; on a GPU the others are the device's.
+        """
+        steps: dict[str, int] = {}
+        walls: dict[str, list[float]] = defaultdict(list)
         for name in self.names:
             reply = self.ask(name, "warm_up", task=task, seconds=seconds)
             if reply:
@@ -103,11 +108,13 @@ class Contest:
             reply = self.ask(name, "window", task=task, steps=steps.get(name))
             if reply is None:
                 raise Failed(self.reasons[name])
+            walls[name].append(reply["wall"] / steps[name])
             return reply["seconds"] / steps[name]
 
         rows = alternate({name: partial(window, name) for name in self.names}, windows)
-        where = {"task": task, "model": self.workload["model"], "batch": self.workload["batch"]}
+        where = {"task": task, **{k: self.workload[k] for k in ("model", "batch", "precision")}}
         return [{**where, **row, **({} if "error" in row else {
+            "wall": statistics.median(walls[row["contestant"]]),
             "steps_per_window": steps[row["contestant"]]})} for row in rows]
 
     def _try(self, name: str, call: Callable[[Child], Any]) -> Any:
@@ -125,9 +132,10 @@ class Contest:
 
 
 def alternate(measures: dict[str, Callable[[], float]], windows: int) -> list[Row]:
-    """Call all measures in turn, `windows` times, each time beginning with the next one.
+    """Call all measures in turn, `windows` times: a b c, c b a, a b c, ...
 
-    Returns a row for each: the samples and what they say, or the error of one that failed.
+    So what drifts, such as the GPU's clocks, falls on all alike. Returns a row for each: the
+    samples and what they say, or the error of one that failed.
     """
     samples: dict[str, list[float]] = {name: [] for name in measures}
     errors: dict[str, str] = {}
@@ -140,7 +148,7 @@ def alternate(measures: dict[str, Callable[[], float]], windows: int) -> list[Ro
                 samples[name].append(measures[name]())
             except Failed as e:
                 errors[name] = str(e)
-        order = [*order[1:], order[0]]
+        order.reverse()
     rows: list[Row] = []
     for name, seconds in samples.items():
         if name in errors:

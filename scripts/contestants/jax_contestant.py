@@ -1,6 +1,7 @@
 """JAX: the same nets as pure functions, each step compiled whole and its state donated.
 
-Dropout draws from JAX's default generator; Adam is written out, as JAX has none.
+Dropout draws from JAX's default generator; Adam is written out, as JAX has none. In mixed
+precision, weights are cast where they are used, batch norm and the loss compute in float32.
 """
 from __future__ import annotations
 
@@ -13,10 +14,13 @@ import numpy as np
 from jax import lax
 
 from scripts.contestants import LEARNING_RATE, Task, images, labels
+from scripts.contestants.workloads import as_published
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 ACTIVATIONS = {None: lambda z: z, "relu": jax.nn.relu, "tanh": jnp.tanh}
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+DTYPES = {"mixed_float16": jnp.float16, "mixed_bfloat16": jnp.bfloat16}
+FIRST_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # of the loss, as LossScale and GradScaler have them
 
 
 def make_parameters(layer: dict[str, Any], rng: np.random.Generator) -> tuple[Any, Any]:
@@ -26,8 +30,12 @@ def make_parameters(layer: dict[str, Any], rng: np.random.Generator) -> tuple[An
         return [p for p, _ in made], [s for _, s in made]
     a, c = layer["arguments"], layer["input_shape"][-1]
     if layer["class"] == "BatchNorm":
-        return ({"gamma": jnp.ones(c), "beta": jnp.zeros(c)},
-                {"mean": jnp.zeros(c), "var": jnp.ones(c)})
+        gamma = {"gamma": jnp.ones(c)} if a.get("scale", True) else {}
+        return ({**gamma, "beta": jnp.zeros(c)}, {"mean": jnp.zeros(c), "var": jnp.ones(c)})
+    if layer["class"] == "Whiten2D":
+        filters = layer["output_shape"][-1]
+        w = rng.standard_normal((*a["kernel_size"], c, filters), dtype=np.float32)
+        return {"b": jnp.zeros(filters)}, {"w": jnp.asarray(w)}
     if layer["class"] not in ("Conv2D", "Dense"):
         return {}, {}
     shape = ((*a["kernel_size"], c // a["groups"], a["filters"]) if layer["class"] == "Conv2D"
@@ -53,31 +61,45 @@ def apply(layer: dict[str, Any], p: Any, stats: Any, x: Any, key: Any) -> tuple[
         return y, new
     if kind == "BatchNorm":
         return batch_norm(a, p, stats, x, key is not None)
+    if kind == "Whiten2D":
+        z = lax.conv_general_dilated(x, stats["w"].astype(x.dtype), (1, 1), "VALID",
+                                     dimension_numbers=DIMENSIONS)
+        return z + p["b"].astype(x.dtype), stats
     return LAYERS[kind](a, p, x, key), stats
 
 
 def batch_norm(a: dict[str, Any], p: Any, stats: Any, x: Any, training: bool) -> tuple[Any, Any]:
+    dtype, x = x.dtype, x.astype(jnp.float32)
     mean, var = stats["mean"], stats["var"]
     if training:
-        axes, m = (0, 1, 2), a["momentum"]
-        count = x.size / x.shape[-1]
+        axes, m, count = tuple(range(x.ndim - 1)), a["momentum"], x.size // x.shape[-1]
         mean, var = x.mean(axes), x.var(axes)
         stats = {"mean": (1 - m) * stats["mean"] + m * mean,
                  "var": (1 - m) * stats["var"] + m * var * count / (count - 1)}
-    z = (x - mean) * (lax.rsqrt(var + a["epsilon"]) * p["gamma"]) + p["beta"]
-    return ACTIVATIONS[a["activation"]](z), stats
+    z = (x - mean) * (lax.rsqrt(var + a["epsilon"]) * p.get("gamma", 1)) + p["beta"]
+    return ACTIVATIONS[a["activation"]](z).astype(dtype), stats
 
 
 def conv(a: dict[str, Any], p: Any, x: Any, key: Any) -> Any:
-    z = lax.conv_general_dilated(x, p["w"], a["stride"], pad(a["padding"], True),
+    z = lax.conv_general_dilated(x, p["w"].astype(x.dtype), a["stride"], pad(a["padding"], True),
                                  rhs_dilation=a["dilation"], dimension_numbers=DIMENSIONS,
                                  feature_group_count=a["groups"])
-    return ACTIVATIONS[a["activation"]](z + p["b"] if a["bias"] else z)
+    return ACTIVATIONS[a["activation"]](with_bias(a, p, z))
 
 
 def dense(a: dict[str, Any], p: Any, x: Any, key: Any) -> Any:
-    z = x @ p["w"]
-    return ACTIVATIONS[a["activation"]](z + p["b"] if a["bias"] else z)
+    return ACTIVATIONS[a["activation"]](with_bias(a, p, x @ p["w"].astype(x.dtype)))
+
+
+def with_bias(a: dict[str, Any], p: Any, z: Any) -> Any:
+    return z + p["b"].astype(z.dtype) if a["bias"] else z
+
+
+def space_to_depth(a: dict[str, Any], p: Any, x: Any, key: Any) -> Any:
+    (n, h, w, c), size = x.shape, a["size"]
+    y = x.reshape(n, h // size, size, w // size, size, c).transpose(0, 1, 3, 2, 4, 5).reshape(
+        n, h // size, w // size, size * size * c)
+    return jnp.pad(y, ((0, 0),) * 3 + ((0, (a["channels"] or y.shape[3]) - y.shape[3]),))
 
 
 def dropout(a: dict[str, Any], p: Any, x: Any, key: Any) -> Any:
@@ -88,15 +110,16 @@ def dropout(a: dict[str, Any], p: Any, x: Any, key: Any) -> Any:
 
 
 def reduce_windows(a: dict[str, Any], x: Any, start: float, operation: Any) -> Any:
-    return lax.reduce_window(x, start, operation, (1, *a["size"], 1), (1, *a["stride"], 1),
-                             pad(a["padding"], False))
+    return lax.reduce_window(x, np.array(start, x.dtype), operation, (1, *a["size"], 1),
+                             (1, *a["stride"], 1), pad(a["padding"], False))
 
 
 def pad(padding: Any, spatial: bool) -> Any:
-    """gpucnn's "same", "valid" or pixels as lax takes it."""
+    """gpucnn's "same", "valid", pixels or pairs of them as lax takes it."""
     if isinstance(padding, str):
         return padding.upper()
-    pixels = [(padding, padding)] * 2
+    sides = [padding] * 2 if isinstance(padding, int) else padding
+    pixels = [(side, side) if isinstance(side, int) else tuple(side) for side in sides]
     return pixels if spatial else [(0, 0), *pixels, (0, 0)]
 
 
@@ -107,16 +130,31 @@ LAYERS = {
     "Dense": dense,
     "Dropout": dropout,
     "Flatten": lambda a, p, x, key: x.reshape(len(x), -1),
+    "GELU": lambda a, p, x, key: jax.nn.gelu(x, approximate=False),
     "GlobalAvgPool2D": lambda a, p, x, key: x.mean((1, 2)),
-    "MaxPool2D": lambda a, p, x, key: reduce_windows(a, x, -jnp.inf, lax.max),
+    "MaxPool2D": lambda a, p, x, key: ACTIVATIONS[a["activation"]](
+        reduce_windows(a, x, -jnp.inf, lax.max)),
     "ReLU": lambda a, p, x, key: jax.nn.relu(x),
+    "Scale": lambda a, p, x, key: x * a["factor"],
+    "SpaceToDepth": space_to_depth,
     "Tanh": lambda a, p, x, key: jnp.tanh(x),
 }
 
 
 def cross_entropy(logits: Any, t: Any) -> Any:
-    log_p = jax.nn.log_softmax(logits)
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     return -jnp.take_along_axis(log_p, t[:, None], axis=1).mean()
+
+
+def adam(p: Any, m: Any, s: Any, steps: Any, g: Any) -> tuple[Any, ...]:
+    """What p, m, s and steps are after the gradients g."""
+    steps = steps + 1
+    m = jax.tree.map(lambda m, g: BETA1 * m + (1 - BETA1) * g, m, g)
+    s = jax.tree.map(lambda s, g: BETA2 * s + (1 - BETA2) * g * g, s, g)
+    correction1, correction2 = 1 - BETA1**steps, 1 - BETA2**steps
+    p = jax.tree.map(lambda p, m, s: p - LEARNING_RATE * (m / correction1) / (
+        jnp.sqrt(s / correction2) + EPSILON), p, m, s)
+    return p, m, s, steps
 
 
 class Contestant:
@@ -124,23 +162,28 @@ class Contestant:
 
     def __init__(self, workload: dict[str, Any]):
         self.versions = {"jax": jax.__version__}
-        self.device = workload["device"]
+        self.device, precision = workload["device"], workload["precision"]
+        self.notes = {"memory": "XLA's allocator, peak"} if self.device == "cuda" else {}
         jax.config.update("jax_platforms", self.device)
-        jax.config.update("jax_default_matmul_precision", "highest")  # float32, not TF32
+        jax.config.update("jax_default_matmul_precision",
+                          "tensorfloat32" if precision == "tf32" else "highest")
+        self.dtype = DTYPES.get(precision, jnp.float32)
         self.batch, self.rng = workload["batch"], np.random.default_rng(0)
         if workload["what"] == "op":
             self.tasks = {op["task"]: self._op(op) for op in workload["ops"]}
             return
-        net = self.net = workload["net"]
-        self.x = jnp.asarray(images(self.batch, net["input_shape"]))
+        net = self.net = as_published(workload["net"])
+        self.x = jnp.asarray(images(self.batch, net["input_shape"]), self.dtype)
         self.t = jnp.asarray(labels(self.batch, net))
         p, stats = self.parameters = make_parameters(net, self.rng)
         if workload["what"] == "infer":
+            p = jax.tree.map(lambda a: a.astype(self.dtype), p)  # once, and not in each pass
             forward = jax.jit(lambda p, stats, x: apply(net, p, stats, x, None)[0])
             self.tasks = {"infer": lambda: forward(p, stats, self.x)}
             return
         m, s = (jax.tree.map(jnp.zeros_like, p) for _ in range(2))
-        self.state = (p, stats, m, s, jnp.zeros((), jnp.int32), jax.random.key(0))
+        scale = (jnp.float32(FIRST_SCALE), jnp.int32(0)) if self.dtype == jnp.float16 else None
+        self.state = (p, stats, m, s, jnp.zeros((), jnp.int32), jax.random.key(0), scale)
         self.compiled = jax.jit(self._update, donate_argnums=0)
         self.tasks = {"step": self.step}
 
@@ -159,8 +202,10 @@ class Contestant:
         return time.perf_counter() - started
 
     def device_bytes(self) -> int | None:
-        statistics = jax.devices()[0].memory_stats() if self.device == "cuda" else None
-        return statistics and statistics["peak_bytes_in_use"]
+        if self.device != "cuda":
+            return None
+        statistics = jax.devices()[0].memory_stats()
+        return statistics.get("peak_pool_bytes") or statistics["peak_bytes_in_use"]
 
     def loss(self, p: Any, stats: Any, x: Any, t: Any, key: Any) -> tuple[Any, Any]:
         """(loss, new running statistics) in training."""
@@ -168,22 +213,32 @@ class Contestant:
         return cross_entropy(logits, t), stats
 
     def _update(self, state: tuple[Any, ...], x: Any, t: Any) -> tuple[tuple[Any, ...], Any]:
-        p, stats, m, s, steps, key = state
+        p, stats, m, s, steps, key, scale = state
         key, now = jax.random.split(key)
-        (loss, stats), g = jax.value_and_grad(self.loss, has_aux=True)(p, stats, x, t, now)
-        steps = steps + 1
-        m = jax.tree.map(lambda m, g: BETA1 * m + (1 - BETA1) * g, m, g)
-        s = jax.tree.map(lambda s, g: BETA2 * s + (1 - BETA2) * g * g, s, g)
-        correction1, correction2 = 1 - BETA1**steps, 1 - BETA2**steps
-        p = jax.tree.map(lambda p, m, s: p - LEARNING_RATE * (m / correction1) / (
-            jnp.sqrt(s / correction2) + EPSILON), p, m, s)
-        return (p, stats, m, s, steps, key), loss
+        factor = 1.0 if scale is None else scale[0]
+
+        def scaled(p: Any) -> tuple[Any, Any]:
+            loss, new = self.loss(p, stats, x, t, now)
+            return loss * factor, new
+
+        (loss, stats), g = jax.value_and_grad(scaled, has_aux=True)(p)
+        g = jax.tree.map(lambda g: g / factor, g)
+        after = adam(p, m, s, steps, g)
+        if scale is not None:
+            finite = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(g)]).all()
+            after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after,
+                                 (p, m, s, steps))
+            good = jnp.where(finite, scale[1] + 1, 0)
+            grown = jnp.where(good == GROWTH_INTERVAL, 2 * factor, factor)
+            scale = jnp.where(finite, grown, factor / 2), good % GROWTH_INTERVAL
+        p, m, s, steps = after
+        return (p, stats, m, s, steps, key, scale), loss / factor
 
     def _op(self, op: dict[str, Any]) -> Task:
         """One pass of a layer, compiled; a backward pass computes what it needs of the forward."""
         layer, key = op["layer"], jax.random.key(0)
-        x = jnp.asarray(images(self.batch, layer["input_shape"]))
-        dy = jnp.asarray(images(self.batch, layer["output_shape"], 1))
+        x = jnp.asarray(images(self.batch, layer["input_shape"]), self.dtype)
+        dy = jnp.asarray(images(self.batch, layer["output_shape"], 1), self.dtype)
         if layer["class"] == "SoftmaxCrossEntropy":
             t = jnp.asarray(labels(self.batch, layer))
             loss = jax.jit(jax.value_and_grad(cross_entropy))

@@ -131,7 +131,7 @@ def beside_prediction(meter: Meter, contestant: Any) -> dict[str, Any]:
     The latter's names begin with predicted_ where both have one.
     """
     model, batch, optimizer = contestant.model, contestant.batch, contestant.optimizer
-    measured = meter.measure(model, contestant.step)
+    measured = meter.measure(model, contestant.parts)
     m = step_memory(model, model.input_shape, batch, optimizer)
     for row, predicted in zip(measured["rows"], m.rows):
         row |= {"keeps": predicted.saved, "predicted_forward": predicted.forward,

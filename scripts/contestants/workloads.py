@@ -20,6 +20,21 @@ def describe(layer: Layer) -> dict[str, Any]:
             "children": [describe(child) for child in layer.children().values()]}
 
 
+def as_published(net: dict[str, Any]) -> dict[str, Any]:
+    """The description with resnet50's 7x7 convolution, stride 2, in the place of its squares.
+
+    gpucnn computes it as a 4x4 convolution over squares of 2x2 pixels (gpucnn.models.stem_weights);
+    peers take the layer of the paper, which their libraries are made for.
+    """
+    children = net["children"]
+    if [child["class"] for child in children[:2]] != ["SpaceToDepth", "Conv2D"]:
+        return net
+    squares, conv = children[:2]
+    stem = {**conv, "input_shape": squares["input_shape"], "arguments": {
+        **conv["arguments"], "kernel_size": [7, 7], "stride": [2, 2], "padding": 3}}
+    return {**net, "children": [stem, *children[2:]]}
+
+
 def distinct_ops(net: dict[str, Any]) -> list[dict[str, Any]]:
     """The passes of all layers of a net and of its loss, each kind and shape once."""
     def leaves(layer: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -49,5 +64,6 @@ def distinct_ops(net: dict[str, Any]) -> list[dict[str, Any]]:
     return list(ops.values())
 
 
-def by(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
+def by(shape: int | Sequence[int]) -> str:
+    """3 for 3, 3x3 for (3, 3)."""
+    return "x".join(map(str, [shape] if isinstance(shape, int) else shape))
