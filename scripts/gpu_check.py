@@ -1,7 +1,7 @@
 """Prove gpucnn on this machine's GPU, and measure it, in less than ten minutes.
 
-    step       a training step of the article's network as a CUDA graph, in each mode: its bits
-               against a plain step's, what is refused, its time
+    benchmark  scripts/benchmark.py: of five networks the bits of captured steps against eager ones
+               and another run's, then steps, inference and loading beside PyTorch and JAX
     memory     each kernel that is bound by memory, in float32 and float16: its share of a copy's
                bandwidth
     conv       each convolution of the article's network, airbench94, ResNet-18 and
@@ -42,9 +42,9 @@ from scripts.gpu.nets import NETS
 from scripts.gpu.report import Job, OutOfTime, Report, Row, Section
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ("step", "memory", "conv", "training", "tests", "sanitizer")
-MEASURED = ("limits", "step", "memory", "conv")
-MEASURED_SHARE = 0.7  # of the time, where something else is to come
+SECTIONS = ("benchmark", "memory", "conv", "training", "tests", "sanitizer")
+# By what part of the time a section is over, where one that may go on for longer is to come.
+SHARES = {"limits": 0.5, "benchmark": 0.5, "memory": 0.7, "conv": 0.7}
 SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
               "power.limit", "temperature.gpu")
 
@@ -126,10 +126,10 @@ def make_context(arguments: argparse.Namespace, backend: Backend) -> tuple[Conte
 
 def make_sections() -> dict[str, Section]:
     """Imported here, because some need CuPy."""
-    from scripts.gpu import convolutions, limits, memory, step
+    from scripts.gpu import benchmark, convolutions, limits, memory, step
     return {
         "limits": Section("what the GPU can do at most", limits.jobs),
-        "step": Section("a training step of the article's network", step.jobs, step.summary),
+        "benchmark": Section("networks beside PyTorch and JAX", benchmark.jobs),
         "memory": Section("kernels bound by memory", memory.jobs),
         "conv": Section("convolutions", convolutions.jobs, convolutions.summary),
         "training": Section("an epoch of the article's network", step.training_jobs),
@@ -142,7 +142,7 @@ def run_section(name: str, section: Section, context: Context, results: Report, 
     """Run its jobs, most important first, as long as there is time; print and keep each row."""
     part, group = results.section(name), section.title
     print(f"== {group}", flush=True)
-    share = MEASURED_SHARE if name in MEASURED and last not in MEASURED else 1
+    share = SHARES.get(name, 1) if SHARES.get(last, 1) > SHARES.get(name, 1) else 1
     for job in section.jobs(context):
         if share * context.budget.seconds - context.budget.used < job.seconds:
             results.skip(name, job)

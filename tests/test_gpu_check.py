@@ -1,7 +1,6 @@
 """scripts/gpu_check.py through the simulator: what it measures is checked, and nothing is lost."""
 from __future__ import annotations
 
-import itertools
 import json
 import os
 
@@ -10,9 +9,9 @@ import pytest
 
 from gpucnn.backend.cuda_kernel import kernel_dir
 from gpucnn.geometry import make_window
-from scripts import gpu_check
+from scripts import gpu_check, performance
 from scripts.contestants.contest import ROOT
-from scripts.gpu import cudnn, limits, memory, nets, report, step
+from scripts.gpu import benchmark, cudnn, limits, memory, nets, report, step
 from scripts.gpu.context import MODES, Context
 from scripts.gpu.measure import Budget, Clock, relative_error, run_twice
 from tests.conftest import SIMULATOR_WORKS, needs_compiler, needs_simulator
@@ -41,7 +40,7 @@ def checked(tmp_path_factory):
     if not SIMULATOR_WORKS:
         pytest.skip("needs a C++ compiler")
     out = tmp_path_factory.mktemp("gpu_check") / "new" / "report.json"
-    only = [word for name in ("step", "memory", "conv", "training") for word in ("--only", name)]
+    only = [word for name in ("memory", "conv", "training") for word in ("--only", name)]
     return out, run("tests.gpusim", "scripts.gpu_check", "--modes", "float16", "float32", *only,
                     *QUICK, out, **FAST)
 
@@ -57,7 +56,7 @@ def test_the_json_holds_all_that_a_reader_needs(checked):
     assert {"driver", "cuda", "cupy", "numpy", "python", "commit", "clocks", "l2_bytes",
             "multiprocessors"} <= content["machine"].keys()
     assert content["complete"]
-    for name in ("limits", "step", "memory", "conv", "training"):
+    for name in ("limits", "memory", "conv", "training"):
         assert content[name]["rows"], name
         assert not content[name]["skipped"]
         assert all(row["passed"] for row in content[name]["rows"])
@@ -142,19 +141,6 @@ def test_the_report_says_which_line_wgmma_wants(times, advice):
     assert summary["other_to_wgmma"] == pytest.approx(times[0] / times[1])
     assert advice in summary["text"][-1]
     assert hasattr(launches(), "AUTO_WGMMA")
-
-
-def test_every_part_of_a_step_is_captured(checked):
-    section = json.loads(checked[0].read_text())["step"]
-    rows = {row["name"]: row for row in section["rows"]}
-    for part in step.PARTS:
-        assert rows[f"step, {part}"]["captured"]
-    for precision in ("mixed_float16", "float32"):
-        assert rows[f"step, all, {precision}"]["captured"]
-        assert rows[f"no graph, {precision}"]["images_per_second"] > 0
-    # What a replay does otherwise than a step is not hidden.
-    assert section["summary"]["captured"]["text"] == [step.ON_THE_HOST]
-    assert step.ON_THE_HOST in " ".join(checked[1].stdout.split())
 
 
 def test_the_table_fits_100_columns(checked):
@@ -276,7 +262,10 @@ def test_no_time_at_all_lists_everything(tmp_path):
     assert "28x28x32 > 32 3x3 dx" in skipped["best tile, article bfloat16"]
     assert len(skipped["memory, float32"]) == 2 * len(memory.KERNELS)
     assert len(skipped["memory, float16"]) == 2 * sum(kernel.half for kernel in memory.KERNELS)
-    assert {"limits", "step", "training", "tests", "sanitizer"} <= skipped.keys()
+    assert {"limits", "training", "tests", "sanitizer"} <= skipped.keys()
+    assert skipped["benchmark, mixed_float16"][:2] == ["article check", "article step"]
+    assert "article step by torch-compile" in skipped["benchmark, mixed_float16"]
+    assert "lenet5 step" in skipped["benchmark, float32"]
     assert "0 passed, 0 failed" in result.stdout
     assert "28x28x32 > 32 3x3 dx" in result.stdout
 
@@ -288,9 +277,77 @@ def test_help_and_hints_need_no_gpu():
     assert commands[-1].startswith("ncu ")
 
 
-@needs_compiler
-def test_the_step_that_the_hints_run_works():
-    assert run("tests.gpusim", "scripts.gpu.step", **FAST).stdout == ""
+def test_the_steps_that_the_hints_run_work(cupy_backend, monkeypatch):
+    monkeypatch.setenv("GPUSIM_CHECKS", "off")
+    for precision in ("float32", "mixed_float16"):
+        losses = step.small_steps(precision)
+        assert len(losses) == 3
+        assert np.isfinite(losses).all()
+
+
+# -------------------------------------------------------------------------------- whole networks
+
+
+def test_networks_are_measured_by_the_benchmark(tmp_path, gpu):
+    """Each call's whole report is kept; a peer that cannot work is named."""
+    for peer in ("torch", "jax"):
+        (tmp_path / f"{peer}.py").write_text(f"raise ModuleNotFoundError('no {peer}')")
+    out = tmp_path / "report.json"
+    result = run("scripts.gpu_check", "--only", "benchmark", "--modes", "float32", *QUICK, out,
+                 **gpu)
+    content = json.loads(out.read_text())
+    rows = {row["name"]: row for row in content["benchmark"]["rows"]}
+    assert list(rows) == ["article check", "article step", "article infer",
+                          "article step by torch-compile", "article load"]
+    assert all(row["passed"] for row in rows.values())
+    assert rows["article check"]["note"] == "captured, eager and another run: the same bits"
+    assert "microseconds" not in rows["article check"]
+    for name in list(rows)[1:]:
+        assert rows[name]["microseconds"] > 0
+        assert "ratio" not in rows[name]
+    assert rows["article step"]["note"].endswith("not torch-channels-last, torch-graph, jax")
+    report = rows["article step"]["report"]
+    assert report["command"] == (
+        "python scripts/benchmark.py step --model article --precision float32 --batch 2 "
+        "--no-ceilings --windows 1 --seconds 0.001 --against torch-channels-last,torch-graph,jax")
+    assert report["machine"]["gpu"] == "gpusim (CPU)"
+    assert "-- benchmark, float32" in result.stdout
+    page = performance.Page(tmp_path)
+    assert not any("ceilings" in report for report in page.reports)  # the limits are those
+    assert page.times("gpu", "step").count("images/s") == 2
+
+
+def test_what_matters_most_comes_first():
+    names = [call.name for call in benchmark.calls(["a", "b"], ["mixed_float16", "float32"])]
+    assert names == [
+        "a check", "a step", "b check", "b step", "a infer", "b infer", "a step by torch-compile",
+        "b step by torch-compile", "a load", "a check", "a step", "b check", "b step"]
+
+
+def test_the_fastest_peer_stands_in_the_row():
+    def row(name, **more):
+        return {"task": "step", "batch": 2, "contestant": name, **more}
+
+    ours = row("gpucnn", median=1.0, spread=0.1, images_per_second=2.0)
+    slow, fast = (row(name, median=t, ratio=t) for name, t in (("torch", 3.0), ("jax", 2.0)))
+    report = {"results": [ours, slow, fast, row("torch-graph", error="no")]}
+    assert benchmark.timed(report) == {
+        "microseconds": 1e6, "spread": 0.1, "other_microseconds": 2e6, "ratio": 2.0,
+        "note": "2 images/s, jax, not torch-graph"}
+    assert benchmark.timed({"results": [row("gpucnn", error="broken"), fast]}) == {
+        "note": "broken"}
+
+
+def test_other_bits_are_named():
+    result = {"differs_from_eager": [], "differs_between_runs": ["conv1/w"]}
+    assert benchmark.checked({"results": [result]})["note"] == "other bits in conv1/w"
+    assert benchmark.checked({"results": [{"error": "broken"}]})["note"] == "broken"
+
+
+def test_a_call_that_leaves_no_report_fails(context, monkeypatch):
+    monkeypatch.setattr(benchmark.children, "run_child", lambda *args: (False, "a\nb: broken\n"))
+    row = benchmark.run(context, benchmark.Call("step", "article", "float32"))
+    assert (row["passed"], row["note"]) == (False, "b: broken")
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
@@ -385,40 +442,6 @@ def test_the_buffers_are_taken_in_turn(context):
     assert turns == [0, 1, 2] * 3  # compiled, estimated, captured; a graph launches no Python
     assert len(timing.samples) == 1
     assert timing.median > 0
-
-
-@pytest.mark.parametrize("precision", ["float32", "tf32", "mixed_float16"])
-def test_a_captured_step_gives_the_bits_of_a_plain_one(context, monkeypatch, precision):
-    monkeypatch.setenv("GPUSIM_CHECKS", "off")
-    row = step.capture_step(context, precision)
-    assert (row["captured"], row["passed"]) == (True, True), row["note"]
-    assert row["microseconds"] > 0
-    assert step.summary([row])["captured"]["text"] == [step.ON_THE_HOST]
-    assert step.summary([]) == {}
-
-
-def test_a_replay_that_differs_from_a_step_fails(context, monkeypatch):
-    monkeypatch.setenv("GPUSIM_CHECKS", "off")
-
-    def loss(factors):
-        return lambda **options: lambda logits, labels: (logits.sum(), logits * next(factors))
-
-    monkeypatch.setattr(step.losses, "SoftmaxCrossEntropy", loss(itertools.repeat(0.01)))
-    assert step.capture_step(context, "float32")["passed"]
-    monkeypatch.setattr(step.losses, "SoftmaxCrossEntropy", loss(itertools.count(0.01, 0.01)))
-    row = step.capture_step(context, "float32")
-    assert (row["captured"], row["passed"]) == (True, False)
-    assert row["note"] == "a replayed step has other bits"
-    assert "microseconds" not in row
-
-
-def test_a_refused_capture_leaves_the_clock_usable(context):
-    x = context.clock.xp.ones(3)
-    row = step.refusal(context, "host", lambda: x.get(), lambda replay: replay())
-    assert not row["captured"]
-    assert row["passed"]
-    assert "refused: RuntimeError: " in row["note"]
-    assert step.refusal(context, "sum", lambda: x + x, lambda replay: replay())["captured"]
 
 
 @needs_simulator

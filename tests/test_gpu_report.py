@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_jobs_that_may_not_end_in_time_are_left_out(context, tmp_path, capsys):
     other = Report(tmp_path / "other.json", {})
     gpu_check.run_section("conv", section, context, other, last="tests")
     assert other.skipped == {"g": ["long"]}
-    gpu_check.run_section("step", jobs_of(Job("s", "some", passes("some"), 45)), context, other,
+    gpu_check.run_section("memory", jobs_of(Job("s", "some", passes("some"), 45)), context, other,
                           last="tests")
     assert other.skipped == {"g": ["long"], "s": ["some"]}
 
@@ -115,6 +116,25 @@ def test_what_takes_too_long_is_ended():
     with pytest.raises(OutOfTime, match="not finished in 2 s") as e:
         children.run_child([sys.executable, "-c", sleeper], 2)
     assert e.value.args[1] == "so far\n"
+
+
+def test_what_takes_too_long_is_ended_with_its_children(tmp_path):
+    alive = tmp_path / "alive"
+    grandchild = f"import time; f = open({str(alive)!r}, 'w'); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
+    with pytest.raises(OutOfTime):
+        children.run_child([sys.executable, "-c", parent], 2)
+    assert alive.exists()
+    assert not any(str(alive).encode() in contents(path)
+                   for path in Path("/proc").glob("[0-9]*/cmdline"))
+
+
+def contents(path: Path) -> bytes:
+    """Nothing of a process that has just ended."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def test_the_sanitizer_is_run_where_it_is_found(tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
 """What scripts/gpu_check.py measures.
 
     limits.py         the copy and the matrix product that all else is a share of
-    step.py           a training step as a CUDA graph, and an epoch of training
+    benchmark.py      whole networks beside PyTorch and JAX, by scripts/benchmark.py
+    step.py           an epoch of training, and steps for compute-sanitizer
     memory.py         the kernels bound by memory: one line each
     nets.py           the networks, and every distinct convolution in them
     convolutions.py   each of those beside cuDNN, and in every tile

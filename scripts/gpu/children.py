@@ -1,9 +1,11 @@
 """What runs in a process of its own: the test suite, and NVIDIA's checkers."""
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,15 +54,24 @@ def run_tests(seconds: float) -> Row:
             **({} if passed else {"output": output[-4000:]})}
 
 
-def run_child(command: list[str], seconds: float) -> tuple[bool, str]:
-    """Whether the command succeeds, and what it printed. Raises OutOfTime."""
-    try:
-        result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, timeout=seconds,
-                                stderr=subprocess.STDOUT, check=False)
-    except subprocess.TimeoutExpired as e:
-        output = (e.output or b"").decode(errors="replace")
-        raise OutOfTime(f"not finished in {seconds:.0f} s", output) from e
-    return result.returncode == 0, result.stdout.decode(errors="replace")
+def run_child(command: list[str], seconds: float, settings: dict[str, str] | None = None
+              ) -> tuple[bool, str]:
+    """Whether the command succeeds, and what it printed. Raises OutOfTime.
+
+    It ends with all processes that it has started. settings: of its environment, beside ours.
+    """
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env={**os.environ, **(settings or {})}, start_new_session=True) as child:
+        try:
+            output, _ = child.communicate(timeout=seconds)
+        except BaseException as e:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            if not isinstance(e, subprocess.TimeoutExpired):
+                raise
+            said = (e.output or b"").decode(errors="replace")
+            raise OutOfTime(f"not finished in {seconds:.0f} s", said) from e
+    return child.returncode == 0, output.decode(errors="replace")
 
 
 def sanitizer() -> str | None:
