@@ -163,7 +163,7 @@ def test_stem_weights_refuses_torchs_own_order():
         stem_weights(np.zeros((7, 7, 5, 64)))
 
 
-def torch_resnet50(torch):
+def torch_resnet50(torch, width):
     """torchvision's Bottleneck net (v1.5), its parameters in the same order as ours."""
     nn = torch.nn
 
@@ -182,12 +182,13 @@ def torch_resnet50(torch):
         def forward(self, x):
             return torch.relu(self.body(x) + self.shortcut(x))
 
-    blocks, channels = [], 64
-    for filters, count, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+    blocks, channels = [], width
+    for times, count, stride in ((1, 3, 1), (2, 4, 2), (4, 6, 2), (8, 3, 2)):
+        filters = times * width
         for block in range(count):
             blocks.append(Bottleneck(channels, filters, stride if block == 0 else 1, block == 0))
             channels = 4 * filters
-    return nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+    return nn.Sequential(nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
                          nn.MaxPool2d(3, 2, 1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                          nn.Linear(channels, 10)).double()
 
@@ -196,7 +197,7 @@ def test_resnet50_is_torchs_with_the_same_weights(rng):
     """In training, and then by the running statistics; and the gradient of its first block."""
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
-    theirs, model = torch_resnet50(torch), resnet50(10)
+    theirs, model = torch_resnet50(torch, 16), resnet50(10, width=16)
     model.build((64, 64, 3), dtype=np.float64)
     own, other = (list(parameters) for parameters in (
         model.parameters().values(), theirs.parameters()))
@@ -216,7 +217,7 @@ def test_resnet50_is_torchs_with_the_same_weights(rng):
         grad = grad.transpose(2, 3, 1, 0) if grad.ndim == 4 else grad.T
         np.testing.assert_allclose(own[number].grad, grad, rtol=1e-6, atol=1e-8)
     # Of the stem's, those that a 7x7 filter has.
-    rearranged = stem_weights(np.ones((7, 7, 3, 64))) == 1
+    rearranged = stem_weights(np.ones((7, 7, 3, 16))) == 1
     np.testing.assert_allclose(own[0].grad[rearranged], stem_weights(
         other[0].grad.numpy().transpose(2, 3, 1, 0))[rearranged], rtol=1e-6, atol=1e-8)
     np.testing.assert_array_equal(own[0].grad[:, :, 12:], 0)
@@ -287,9 +288,13 @@ def quick_simulator(monkeypatch):
     monkeypatch.setenv("GPUSIM_CHECKS", "off")
 
 
+def narrow_resnet50(classes):
+    return resnet50(classes, width=16)
+
+
 @needs_cupy
 @pytest.mark.parametrize(("make", "shape"), [(airbench94, (2, 26, 25, 3)),
-                                             (resnet50, (4, 32, 32, 3))])
+                                             (narrow_resnet50, (4, 32, 32, 3))])
 def test_a_step_is_the_same_on_both_backends(make, shape, quick_simulator, rng):
     """In float64: norms over few images multiply what rounding does, from layer to layer."""
     x, t, results = rng.random(shape), np.arange(shape[0]) % 3, []

@@ -337,9 +337,8 @@ def test_debug_shows_the_traceback(tmp_path):
 
 @pytest.mark.skipif(not CUPY_RUNS or not gpusim.available()[0], reason="needs a C++ compiler")
 def test_the_cupy_code_gives_the_same_loss_curve(tmp_path):
-    """The article's network, a small run, through the CUDA sources: as a CUDA graph and in plain
-    calls; and once on NumPy."""
-    small = ("--model", "article", "--epochs", "1", "--train-images", "48", "--test-images", "20",
+    """A small run through the CUDA sources: as a CUDA graph and in plain calls; once on NumPy."""
+    small = ("--model", "lenet5", "--epochs", "1", "--train-images", "48", "--test-images", "20",
              "--batch-size", "16", "--out")
     for name, options in (("a", ()), ("b", ["--eager"])):
         run("tests.gpusim", "scripts.train", *small, tmp_path / name, *options,

@@ -32,8 +32,10 @@ def resnet18(classes: int = 10, width: int = 64) -> Sequential:
     return Sequential([*layers, GlobalAvgPool2D(), Dense(classes)])
 
 
-def resnet50(classes: int = 1000) -> Sequential:
+def resnet50(classes: int = 1000, width: int = 64) -> Sequential:
     """He, Zhang, Ren and Sun 2016, as it is built today (v1.5): strides in the 3x3 convolutions.
+
+    width: filters of the first convolutions; the last have 32 times as many.
 
     For images of 1 to 4 channels whose height and width are even; 224x224x3 in the paper.
 
@@ -44,9 +46,10 @@ def resnet50(classes: int = 1000) -> Sequential:
     zeros. With 1,000 classes that makes 25,564,008 parameters, 6,976 more than torchvision's.
     """
     layers: list[Layer] = [
-        SpaceToDepth(2, STEM_CHANNELS), Conv2D(64, 4, padding=((2, 1), (2, 1)), bias=False),
+        SpaceToDepth(2, STEM_CHANNELS), Conv2D(width, 4, padding=((2, 1), (2, 1)), bias=False),
         BatchNorm(activation="relu"), MaxPool2D(3, stride=2, padding=1)]
-    for filters, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+    for times, blocks, stride in ((1, 3, 1), (2, 4, 2), (4, 6, 2), (8, 3, 2)):
+        filters = times * width
         layers.append(_bottleneck(filters, stride, project=True))
         layers += [_bottleneck(filters, 1, project=False) for _ in range(1, blocks)]
     return Sequential([*layers, GlobalAvgPool2D(), Dense(classes)])
