@@ -195,6 +195,21 @@ def test_one_epoch_at_a_time(backend):
         list(first)
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_epochs_that_are_asked_for_together_run_one_after_the_other(backend, streamed):
+    """Each goes to its own place in the data when its turn comes."""
+    expected = Training(backend.name).run(0, 1)
+    training = Training(backend.name, streamed=streamed)
+    epochs = [training.step.epoch(training.loader, number) for number in (0, 1)]
+    assert [result for epoch in epochs for result in epoch] == expected
+
+
+def test_a_wrong_epoch_is_refused_where_it_is_asked_for(backend):
+    training = Training(backend.name)
+    with pytest.raises(TypeError, match="^Loader: epoch must be an int, got 1.5$"):
+        training.step.epoch(training.loader, 1.5)
+
+
 def test_an_epoch_can_begin_in_the_middle(backend):
     expected = Training(backend.name).run(0)
     training = Training(backend.name)

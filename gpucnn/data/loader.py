@@ -107,9 +107,13 @@ class Loader:
                              f"{position}")
         return [min(self.batch_size, n - at) for at in range(position, n, self.batch_size)]
 
+    def check_epoch(self, number: int) -> None:
+        """Raise TypeError and ValueError for what is not the number of an epoch."""
+        _check_int("epoch", number, 0)
+
     def order(self, number: int) -> np.ndarray:
         """The numbers of the images as epoch `number` visits them: (n,) int64."""
-        _check_int("epoch", number, 0)
+        self.check_epoch(number)
         n = len(self.dataset)
         if self.seed is None:
             return np.arange(n, dtype=np.int64)

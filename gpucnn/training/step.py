@@ -177,7 +177,8 @@ class TrainStep:
         """A step on each batch of an epoch of the loader, as Loader.epoch() counts them.
 
         Yields the result of each step in order: at once on the CPU, up to 2 * read_every steps
-        later on a GPU. Results that nobody has asked for are forgotten.
+        later on a GPU. The epoch begins when the first one is asked for, so that epochs can be
+        chained. Results that nobody has asked for are forgotten then.
 
         Raises ValueError for a loader on another backend, and what Loader.epoch() raises;
         RuntimeError where it is to go on after another epoch has begun.
@@ -187,13 +188,15 @@ class TrainStep:
                              f"{self.backend.name}; make both in one use_backend() block")
         if loader not in self._feeds:
             self._feeds[loader] = loader.feed()
-        feed = self._feeds[loader]
-        return self._epoch(loader, feed, feed.begin(number, position))
+        loader.check_epoch(number)
+        loader.sizes(position)
+        return self._epoch(loader, number, position)
 
-    def _epoch(self, loader: Loader, feed: Feed, sizes: list[int]) -> Iterator[StepResult]:
+    def _epoch(self, loader: Loader, number: int, position: int) -> Iterator[StepResult]:
         self.results()
-        turn = self._turn = object()
-        for size in sizes:
+        turn, feed = object(), self._feeds[loader]
+        self._turn = turn
+        for size in feed.begin(number, position):
             if self._turn is not turn:
                 raise RuntimeError("TrainStep: another epoch has begun; only that one can go on")
             feed.advance(size)
