@@ -3,6 +3,8 @@ rounding. What it does beside: results, other shapes, changed settings, what can
 from __future__ import annotations
 
 import warnings
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -217,6 +219,43 @@ def test_an_epoch_can_begin_in_the_middle(backend):
     assert first == expected[0]
     batches = list(training.step.epoch(training.loader, 0, position=8))
     assert [r.images for r in batches] == [2]
+
+
+@needs_simulator
+def test_the_hosts_memory_does_not_go_before_it_is_copied(cupy_backend):
+    """CuPy gives pinned memory out again as soon as Python has forgotten it."""
+    from gpucnn.backend import cuda_copies
+    stream = cuda_copies._stream("to the host")
+    fetch = cupy_backend.fetch(cupy_backend.asarray(np.arange(3.0)))
+    assert len(stream.copies) == 1
+    del fetch
+    assert not stream.copies
+
+    waited = []
+    upload = cupy_backend.upload([cupy_backend.asarray(np.zeros(3))])
+    for name in ("first", "second"):
+        upload.arrays()[0][...] = 1
+        upload.send()
+        upload._slots[-1].copied = SimpleNamespace(synchronize=partial(waited.append, name))
+    del upload
+    assert sorted(waited) == ["first", "second"]
+
+
+@needs_simulator
+def test_a_copy_waits_for_those_who_had_its_memory_before(cupy_backend, monkeypatch):
+    """The pool gives out memory that kernels still use: on their own stream it is free by then."""
+    from gpucnn.backend import cuda_copies
+    waits = []
+    stream = cuda_copies._stream("to the GPU")
+    monkeypatch.setattr(type(stream), "wait_event", lambda self, event: (
+        waits.append((self is stream, event._stream, len(stream.copies))), event.synchronize()))
+    upload = cupy_backend.upload([cupy_backend.asarray(np.zeros(3))])
+    current = cupy_backend.xp.cuda.get_current_stream()
+    for _ in range(2):
+        upload.arrays()[0][...] = 1
+        upload.send()
+        assert waits == [(True, current, 0), (False, stream, 1)], "first, before anything is copied"
+        waits.clear()
 
 
 # ------------------------------------------------------------------------ what a graph may not miss

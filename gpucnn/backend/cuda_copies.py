@@ -2,6 +2,7 @@
 one each way, so that neither waits for what the other waits for."""
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +21,19 @@ def _stream(direction: str) -> Any:
     return _copy_stream(cupy.cuda.Device().id, direction)
 
 
-class Fetch:
+class _Copied:
+    """Memory of the host that is copied, and does not go before that is done: CuPy would give it
+    out again at once, to be filled with something else."""
+
+    copied: Any = None  # the event of its last copy
+
+    def __del__(self) -> None:
+        if self.copied is not None:
+            with contextlib.suppress(Exception):  # CUDA may end before Python does
+                self.copied.synchronize()
+
+
+class Fetch(_Copied):
     """A copy to the host of what an array holds after all that was launched before."""
 
     def __init__(self, array: Any):
@@ -29,15 +42,15 @@ class Fetch:
         self._host = cupyx.empty_pinned(array.shape, array.dtype)
         self._array = array  # is not to be freed before it was read
         array.get(stream=copies, out=self._host, blocking=False)
-        self._event = copies.record()
+        self.copied = copies.record()
 
     @property
     def done(self) -> bool:
-        return bool(self._event.done)
+        return bool(self.copied.done)
 
     def result(self) -> np.ndarray:
         """Waits for the copy."""
-        self._event.synchronize()
+        self.copied.synchronize()
         return self._host
 
 
@@ -60,8 +73,7 @@ class Upload:
         """Copy them; what is launched from now on finds them in the targets."""
         slot, copies = self._slots[0], _stream("to the GPU")
         current = cupy.cuda.get_current_stream()
-        if slot.read is not None:
-            copies.wait_event(slot.read)
+        copies.wait_event(slot.read)
         for device, host in zip(slot.device, slot.host):
             device.set(host, stream=copies)
         slot.copied = copies.record()
@@ -72,9 +84,9 @@ class Upload:
         self._slots.reverse()
 
 
-class _Slot:
+class _Slot(_Copied):
     def __init__(self, targets: Sequence[Any]):
         self.host = [cupyx.empty_pinned(t.shape, t.dtype) for t in targets]
         self.device = [cupy.empty_like(t) for t in targets]
-        self.copied: Any = None
-        self.read: Any = None
+        # Nobody reads the arrays yet, but their memory may be that of others, who have not ended.
+        self.read = cupy.cuda.get_current_stream().record()
