@@ -173,6 +173,58 @@ def test_an_epoch_that_was_left_leaves_no_results_to_the_next(backend):
     assert len(training.run(1)) == 3
 
 
+@pytest.mark.parametrize("taken", [1, 2, 4, 5])
+def test_results_that_an_epoch_has_not_given_yet_can_be_asked_for(backend, taken):
+    """Also where those that came with the last one had been read in one copy."""
+    expected = Training(backend.name, read_every=3, batch=2).run(0)
+    training = Training(backend.name, read_every=3, batch=2)
+    epoch = training.step.epoch(training.loader)
+    got = [next(epoch) for _ in range(taken)]
+    launched = training.optimizer.steps
+    assert got + training.step.results() == expected[:launched]
+    assert list(epoch) == expected[launched:]
+
+
+class Interrupted:
+    """A copy, and somebody who presses Ctrl-C the first time that it is waited for."""
+
+    done = False
+
+    def __init__(self, fetch):
+        self.fetch, self.times = fetch, 0
+
+    def result(self):
+        self.times += 1
+        if self.times == 1:
+            raise KeyboardInterrupt
+        return self.fetch.result()
+
+
+@pytest.mark.parametrize("read_every", [1, 2, 100])
+def test_who_interrupts_the_waiting_loses_no_results(backend, read_every):
+    """After which steps go on, and so do their results."""
+    expected = Training(backend.name).run(0, 1)
+    training, interrupted = Training(backend.name, read_every=read_every), 0
+    log = training.step._log
+    log.backend = SimpleNamespace(fetch=lambda array: Interrupted(backend.fetch(array)),
+                                  record_step=backend.record_step, asarray=backend.asarray,
+                                  captures=True)
+    for number in (0, 1):
+        for x, t in training.loader.epoch(number):
+            try:
+                training.step(x, t)
+            except KeyboardInterrupt:
+                interrupted += 1
+    while True:
+        try:
+            results = training.step.results()
+            break
+        except KeyboardInterrupt:
+            interrupted += 1
+    assert interrupted > 0
+    assert results == expected
+
+
 def test_results_are_read_while_steps_go_on(cupy_backend):
     """Five steps, two at a time: the first two are known before the last one is launched."""
     training = Training("cupy", read_every=2, batch=2)

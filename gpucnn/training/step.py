@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -202,11 +203,13 @@ class TrainStep:
             feed.advance(size)
             self._run((loader, size), partial(feed.gather, size), size)
             yield from self._log.arrived()
-        yield from self.results()
+        self._log.wait()
+        yield from self._log.arrived()
 
     def results(self) -> list[StepResult]:
         """Those of all steps since they were last asked for, in order. Waits for the GPU."""
-        return self._log.all()
+        self._log.wait()
+        return list(self._log.arrived())
 
     def _run(self, key: tuple, batch: Callable[[], tuple[Array, ...]], images: int) -> None:
         """One step on what batch() gives, as a graph once it ran as it is."""
@@ -215,6 +218,8 @@ class TrainStep:
             self._graphs.clear()
             self._plain.clear()
             self._watched = list(self._settings())
+
+        self._log.turn_over()
 
         def work() -> None:
             self._log.record(*run_step(self._model, self._loss, self._optimizer, *batch()))
@@ -259,9 +264,9 @@ class _Log:
         self.count = backend.asarray(np.zeros(1, np.int64))
         self.copied: tuple[Fetch, list[int]] | None = None  # and the images of those steps
         self.images: list[int] = []  # of the steps in the half that is being written
-        self.asked = 0               # how many of them results() has given already
+        self.asked = 0               # how many of their results were asked for already
         self.second = False          # which half that is
-        self.waiting: list[StepResult] = []
+        self.waiting: deque[StepResult] = deque()
 
     def record(self, loss: Array, hits: Array) -> None:
         """Launched with a step."""
@@ -270,29 +275,32 @@ class _Log:
     def wrote(self, images: int) -> None:
         """Called after a step of so many images was launched."""
         self.images.append(images)
+        self.turn_over()
+
+    def turn_over(self) -> None:
+        """Where a half is full, begin to copy it and go on in the other, which waits for the copy
+        before. Called before each step too: who is interrupted in that waiting may go on."""
         if len(self.images) == self.half:
             self._collect()
             self.copied = self._fetch(), self.images[self.asked:]
             self.images, self.asked, self.second = [], 0, not self.second
 
-    def arrived(self) -> list[StepResult]:
-        """The results that have come to the host."""
-        if self.copied and self.copied[0].done:
-            self._collect()
+    def arrived(self) -> Iterator[StepResult]:
+        """The results that have come to the host. Those that nobody takes stay."""
         if not self.backend.captures:
-            return self.all()
-        arrived, self.waiting = self.waiting, []
-        return arrived
+            self.wait()
+        elif self.copied and self.copied[0].done:
+            self._collect()
+        while self.waiting:
+            yield self.waiting.popleft()
 
-    def all(self) -> list[StepResult]:
-        """The results of all steps."""
+    def wait(self) -> None:
+        """For the results of all steps."""
         self._collect()
         if len(self.images) > self.asked:
             self.copied = self._fetch(), self.images[self.asked:]
-            self._collect()
             self.asked = len(self.images)
-        arrived, self.waiting = self.waiting, []
-        return arrived
+            self._collect()
 
     def _fetch(self) -> Fetch:
         start = self.half * self.second
@@ -301,9 +309,10 @@ class _Log:
     def _collect(self) -> None:
         if self.copied:
             fetch, images = self.copied
+            found = fetch.result()  # who interrupts the waiting finds it later
             self.copied = None
             self.waiting += [StepResult(float(loss), int(hits), n)
-                             for (loss, hits), n in zip(fetch.result(), images)]
+                             for (loss, hits), n in zip(found, images)]
 
 
 def _hashable(value: Any) -> bool:
