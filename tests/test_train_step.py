@@ -2,7 +2,9 @@
 rounding. What it does beside: results, other shapes, changed settings, what cannot be captured."""
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
@@ -494,6 +496,60 @@ def test_a_result_that_outlives_its_capture_keeps_its_memory(cupy_backend):
         replay()
     assert kept[1].get().tolist() == [1, 2, 3]
     assert total.get().tolist() == [0, 2, 4]
+
+
+@needs_simulator
+def test_the_memory_of_graphs_goes_with_their_step(cupy_backend):
+    """At once, not when Python next looks for cycles: a GPU's memory is what it waits for."""
+    training = Training("cupy")
+    training.run(0, 1)
+    pool = weakref.ref(training.step._memory.pool)
+    gc.collect()
+    gc.disable()
+    try:
+        del training
+        assert pool() is None
+    finally:
+        gc.enable()
+
+
+@needs_simulator
+def test_where_a_capture_fails_no_graph_keeps_its_memory(cupy_backend, monkeypatch):
+    """As where the graph of the short batch finds no memory beside that of the whole one."""
+    from gpucnn.backend import cuda_graph
+
+    def no_memory(*args):
+        return cuda_graph._allocate(1 << 50)
+
+    sizes = 4, 4, 4, 3, 3, 3, 4
+    training, plain = Training("cupy"), Training("cupy", capture=False)
+    batches = [(training.data.images[:n].astype(np.float32), training.data.labels[:n])
+               for n in sizes]
+    for batch in batches[:4]:
+        training.step(*batch)
+    pool = weakref.ref(training.step._memory.pool)
+    monkeypatch.setattr(cuda_graph, "_capture", no_memory)
+    with pytest.warns(RuntimeWarning, match="OutOfMemoryError: Out of memory allocating"):
+        training.step(*batches[4])
+    assert pool() is None
+    for batch in batches[5:]:
+        training.step(*batch)
+    for batch in batches:
+        plain.step(*batch)
+    assert training.step.results() == plain.step.results()
+    assert_same(training.state(), plain.state())
+
+
+@needs_simulator
+def test_only_a_lack_of_memory_is_called_so(cupy_backend, monkeypatch):
+    from gpucnn.backend import cuda_graph
+
+    def broken(size):
+        raise cuda_graph.cupy.cuda.runtime.CUDARuntimeError(700)
+
+    monkeypatch.setattr(cuda_graph.cupy.cuda, "Memory", broken)
+    with pytest.raises(cuda_graph.cupy.cuda.runtime.CUDARuntimeError):
+        cuda_graph._allocate(1)
 
 
 def test_what_is_wrong_is_refused_in_one_line(backend):

@@ -7,6 +7,8 @@ from typing import Any
 
 import cupy
 
+_NO_MEMORY = 2  # cudaErrorMemoryAllocation
+
 
 class GraphMemory:
     """Where graphs keep what they compute: theirs alone, and shared as they never run at once.
@@ -68,4 +70,6 @@ def _allocate(size: int) -> Any:
     try:
         return cupy.cuda.MemoryPointer(cupy.cuda.Memory(size), 0)
     except cupy.cuda.runtime.CUDARuntimeError as e:
-        raise cupy.cuda.memory.OutOfMemoryError(size, 0) from e
+        if e.status != _NO_MEMORY:  # such as what went wrong in a kernel before
+            raise
+        raise cupy.cuda.memory.OutOfMemoryError(size, -1) from e

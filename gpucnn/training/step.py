@@ -221,8 +221,10 @@ class TrainStep:
 
         self._log.turn_over()
 
-        def work() -> None:
-            self._log.record(*run_step(self._model, self._loss, self._optimizer, *batch()))
+        parts, log = (self._model, self._loss, self._optimizer), self._log
+
+        def work() -> None:  # without self: the graphs, which keep it, go with the last of self
+            log.record(*run_step(*parts, *batch()))
 
         if not self.capture or self.not_captured:
             work()
@@ -239,6 +241,8 @@ class TrainStep:
             self._graphs[key] = self.backend.capture(work, self._memory)
         except Exception as e:
             self.not_captured = _reason(e)
+            self._graphs.clear()  # the plain calls may need their memory, above all if it is short
+            self._memory = None
             warnings.warn("this training step cannot be captured into a CUDA graph and runs in "
                           f"plain calls: {self.not_captured}; capture=False leaves out the attempt",
                           RuntimeWarning, stacklevel=5)

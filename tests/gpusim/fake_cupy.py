@@ -404,9 +404,16 @@ class CompileException(Exception):
 class CUDARuntimeError(RuntimeError):
     """cupy.cuda.runtime.CUDARuntimeError."""
 
+    def __init__(self, status):
+        self.status = status
+        super().__init__(f"CUDA error {status}")
+
 
 class OutOfMemoryError(MemoryError):
     """cupy.cuda.memory.OutOfMemoryError."""
+
+    def __init__(self, size, total, limit=0):
+        super().__init__(f"Out of memory allocating {size:,} bytes")
 
 
 class _Device:
@@ -528,6 +535,11 @@ class _Graph:
             step()
 
 
+def _no_memory(size: int) -> Any:
+    """cupy.cuda.Memory, where arrays do not come from: as on a GPU that is full."""
+    raise CUDARuntimeError(2)
+
+
 def _device_properties(number: int) -> dict[str, Any]:
     return {"name": b"gpusim (CPU)", "l2CacheSize": 1 << 20, "totalGlobalMem": 1 << 34,
             "multiProcessorCount": 1}
@@ -542,7 +554,7 @@ cuda.get_current_stream = lambda: _streams[-1]  # type: ignore[attr-defined]
 cuda.MemoryPool = memory.MemoryPool  # type: ignore[attr-defined]
 cuda.MemoryHook = memory.MemoryHook  # type: ignore[attr-defined]
 cuda.using_allocator = memory.using_allocator  # type: ignore[attr-defined]
-cuda.Memory, cuda.MemoryPointer = object, object  # type: ignore[attr-defined]
+cuda.Memory, cuda.MemoryPointer = _no_memory, object  # type: ignore[attr-defined]
 cuda.compiler = types.SimpleNamespace(  # type: ignore[attr-defined]
     CompileException=CompileException)
 cuda.memory = types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)  # type: ignore[attr-defined]
