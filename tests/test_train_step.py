@@ -354,6 +354,72 @@ def test_a_model_that_is_built_anew_is_not_missed(cupy_backend):
     assert_same(captured.state(), plain.state())
 
 
+class OwnStep(optim.Optimizer):
+    """Not as an optimiser of one's own should be: nothing reads the learning rate on the device."""
+
+    def step(self, loss=None):
+        theta, change = self.model.flat_data, self.learning_rate * self.model.flat_grad
+        theta -= change
+
+
+def test_the_learning_rate_of_a_step_of_ones_own_is_not_missed(cupy_backend):
+    captured, plain = (Training("cupy", optimizer=OwnStep, capture=capture)
+                       for capture in (True, False))
+    for training in (captured, plain):
+        training.run(0, 1)
+        training.optimizer.learning_rate = 0.1
+    assert captured.run(2, 3) == plain.run(2, 3)
+    assert len(captured.step._graphs) == 4
+
+
+class Weighted(losses.SoftmaxCrossEntropy):
+    """With a setting that is None at first."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.weights = None
+
+    def with_hits(self, logits, labels):
+        loss, dlogits, hits = super().with_hits(logits, labels)
+        return loss, dlogits if self.weights is None else dlogits * self.weights, hits
+
+    def __call__(self, logits, labels):
+        return self.with_hits(logits, labels)[:2]
+
+
+def test_a_setting_that_becomes_an_array_is_not_missed(cupy_backend):
+    captured, plain = (Training("cupy", loss=Weighted, capture=capture)
+                       for capture in (True, False))
+    weights = cupy_backend.asarray(np.linspace(0, 2, 10, dtype=np.float32))
+    for training in (captured, plain):
+        training.run(0, 1)
+        training.loss.weights = weights
+    assert captured.run(2, 3) == plain.run(2, 3)
+    assert_same(captured.state(), plain.state())
+    assert len(captured.step._graphs) == 4
+
+
+def test_a_loss_scale_that_only_one_was_given_is_refused(cupy_backend):
+    training = Training("cupy", precision="mixed_float16")
+    training.run(0, 1)
+    training.loss.loss_scale = optim.LossScale(training.model, 4.0)
+    with pytest.raises(ValueError, match="^the loss and the optimizer have different loss scales"):
+        training.run(2)
+
+
+def test_a_step_that_an_error_has_ended_is_not_captured(cupy_backend):
+    """The next one raises it too, instead of a warning and plain calls for all that follow."""
+    training = Training("cupy")
+    x, t = training.data.images[:4].astype(np.float32), training.data.labels[:4]
+    for _ in range(3):
+        with pytest.raises(ValueError, match="^loss of an empty batch is undefined"):
+            training.step(x[:0], t[:0])
+    for _ in range(2):
+        training.step(x, t)
+    assert training.step.not_captured is None
+    assert len(training.step._graphs) == 1
+
+
 @pytest.mark.parametrize("capture", [True, False])
 def test_a_loss_that_is_not_finite_changes_no_parameter(backend, capture):
     """Nor the optimiser's state, on the device, so that a replay does as a plain step does."""

@@ -100,7 +100,8 @@ class TrainStep:
     not compiled yet. The second one is captured into a CUDA graph, with memory of its own, and all
     that follow are one launch each. The bits are the same. The last, short batch of an epoch has
     a graph of its own. So has a step after a setting of the model, loss or optimizer was changed,
-    other than the learning rate, which lies on the device. On the CPU all steps are plain calls.
+    other than the learning rate, which lies on the device; arrays among the settings are to be
+    written to, not replaced. On the CPU all steps are plain calls.
 
     capture: whether to make graphs.
     read_every: after how many steps their results are copied to the host, while the GPU goes on.
@@ -219,6 +220,7 @@ class TrainStep:
             self._plain.clear()
             self._watched = list(self._settings())
 
+        check_loss_scales(self._loss, self._optimizer)
         self._log.turn_over()
 
         parts, log = (self._model, self._loss, self._optimizer), self._log
@@ -229,12 +231,20 @@ class TrainStep:
         if not self.capture or self.not_captured:
             work()
         else:
-            key = (*key, *(settings[name] for settings, name in self._watched))
+            key = (*key, *self._values())
             if key in self._plain and key not in self._graphs:
                 self._capture(key, work)
-            self._plain.add(key)
             self._graphs.get(key, work)()
+            self._plain.add(key)  # what an error has ended may not be compiled yet
         self._log.wrote(images)
+
+    def _values(self) -> tuple:
+        """Of the settings, to look up graphs by. Of one that is no number or name any more, such
+        as an array, only the type counts."""
+        values = tuple(settings[name] for settings, name in self._watched)
+        if _hashable(values):
+            return values
+        return tuple(value if _hashable(value) else type(value) for value in values)
 
     def _capture(self, key: Hashable, work: Callable[[], None]) -> None:
         try:
@@ -256,6 +266,8 @@ class TrainStep:
             for name in names:
                 if name[0] != "_" and _hashable(settings.get(name)):
                     yield settings, name
+        if type(self._optimizer).step is not Optimizer.step:  # one that may read it on the host
+            yield vars(self._optimizer), "_learning_rate"
 
 
 class _Log:
