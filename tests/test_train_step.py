@@ -635,6 +635,14 @@ def test_what_is_wrong_is_refused_in_one_line(backend):
     scaled = losses.SoftmaxCrossEntropy(loss_scale=optim.LossScale(model))
     with pytest.raises(ValueError, match="^the loss and the optimizer have different loss scales"):
         TrainStep(model, scaled, optimizer)
+    with pytest.raises(TypeError, match="^TrainStep: model must be a layers.Layer, got None$"):
+        TrainStep(None, loss, optimizer)
+    with pytest.raises(TypeError, match="^TrainStep: loss must be one of .*, got 'mse'$"):
+        TrainStep(model, "mse", optimizer)
+    with pytest.raises(TypeError, match="^TrainStep: optimizer must be an .*, got None$"):
+        TrainStep(model, loss, None)
+    with pytest.raises(TypeError, match="^TrainStep: epoch.. takes a data.Loader, got <generator"):
+        training.step.epoch(training.loader.epoch())
     with pytest.raises(ValueError, match="^Loader: position must be <= 10"):
         training.step.epoch(training.loader, 0, 11)
 

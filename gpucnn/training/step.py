@@ -115,6 +115,13 @@ class TrainStep:
 
     def __init__(self, model: Layer, loss: Loss, optimizer: Optimizer, *, capture: bool = True,
                  read_every: int = READ_EVERY):
+        for fits, wanted, got in (
+                (isinstance(model, Layer), "model must be a layers.Layer", model),
+                (callable(loss), "loss must be one of gpucnn.losses or a function", loss),
+                (isinstance(optimizer, Optimizer), "optimizer must be an optim.Optimizer",
+                 optimizer)):
+            if not fits:
+                raise TypeError(f"TrainStep: {wanted}, got {got!r}")
         if not model.built:
             raise RuntimeError("TrainStep needs a built model; call model.build(input_shape)")
         if optimizer.model is not model:
@@ -182,9 +189,13 @@ class TrainStep:
         later on a GPU. The epoch begins when the first one is asked for, so that epochs can be
         chained. Results that nobody has asked for are forgotten then.
 
-        Raises ValueError for a loader on another backend, and what Loader.epoch() raises;
+        Raises TypeError for what is no Loader, ValueError for one on another backend, and what
+        Loader.epoch() raises;
         RuntimeError where it is to go on after another epoch has begun.
         """
+        if not isinstance(loader, Loader):
+            raise TypeError(f"TrainStep: epoch() takes a data.Loader, got {loader!r}; for batches "
+                            "from elsewhere call the step itself")
         if loader.backend is not self.backend:
             raise ValueError(f"TrainStep: the loader is on {loader.backend.name}, the model on "
                              f"{self.backend.name}; make both in one use_backend() block")
