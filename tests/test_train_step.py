@@ -486,6 +486,26 @@ def test_what_inputs_gives_is_not_copied(cupy_backend):
     assert training.step.results() == [last]
 
 
+def test_a_loss_that_takes_outputs_to_come_to(backend):
+    """Right is an image whose largest output is where the largest of those is."""
+    training = Training(backend.name, loss=losses.MeanSquaredError)
+    plain = Training(backend.name, loss=losses.MeanSquaredError, capture=False)
+    x, labels = training.data.images.astype(np.float32) / 255, training.data.labels
+    t, expected = np.eye(10, dtype=np.float32)[labels], []
+    for n in (10, 10, 10, 4, 4, 4):  # 10: as many images as outputs
+        there = backend.asarray(x[:n]), backend.asarray(t[:n])
+        y = plain.model.forward(there[0], training=True)
+        right = (backend.to_numpy(y).argmax(axis=1) == labels[:n]).sum()
+        plain.model.layers[2].step -= 1  # the dropout of the step that comes
+        training.step(*there)
+        expected.append(StepResult(
+            *train_step(plain.model, plain.loss, plain.optimizer, *there), n))
+        assert expected[-1].hits == right
+    got = training.step.results()
+    assert [r[1:] for r in got] == [r[1:] for r in expected]
+    assert [r.loss for r in got] == [r.loss for r in expected]
+
+
 def test_wrong_labels_of_the_host_are_refused_before_a_graph_has_them(backend):
     training = Training(backend.name)
     x, t = training.data.images[:4].astype(np.float32), np.array([0, 1, 10, 3])

@@ -38,7 +38,8 @@ def train_step(model: Layer, loss: Loss, optimizer: Optimizer, x: Any, t: Any
     """Forward, backward and update on one batch; waits for the result. TrainStep does not.
 
     x: (n, h, w, c) images, moved to the model's backend if they come from the host.
-    t: (n,) labels, as the loss takes them; those of gpucnn.losses take them from the host too.
+    t: as the loss takes it: (n,) labels, or (n, outputs), the largest of which counts as the
+        label. Those of gpucnn.losses take it from the host too.
 
     Returns (mean loss, how many of the n were classified right before the update). The update is
     left out where the loss is not finite: the caller decides what then (check_finite).
@@ -60,7 +61,10 @@ def run_step(model: Layer, loss: Loss, optimizer: Optimizer, x: Any, t: Any
             value, dlogits, hits = loss.with_hits(logits, t)
         else:
             value, dlogits = loss(logits, t)
-            hits = (logits.argmax(axis=1) == backend.asarray(t)).sum()
+            labels = backend.asarray(t)
+            if labels.ndim > 1:  # outputs to come to, as the other losses of gpucnn.losses take
+                labels = labels.argmax(axis=1)
+            hits = (logits.argmax(axis=1) == labels).sum()
         del logits
         if not isinstance(value, backend.xp.ndarray):
             value = backend.xp.asarray(value)
