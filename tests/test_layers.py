@@ -326,6 +326,15 @@ def test_containers_refuse_what_does_not_fit():
             make()
 
 
+def test_branches_that_come_apart_for_images_of_another_size_are_refused(backend):
+    """Where one of them gives a single pixel, that is not repeated."""
+    model = Concat([Conv2D(2, 3, padding=1, stride=2), MaxPool2D(2)])
+    model.build((4, 4, 1))
+    with pytest.raises(ValueError, match=r"^Concat: the branches give \[\(1, 2, 2, 2\), "
+                                         r"\(1, 1, 1, 1\)\]; all but the last number must be"):
+        model.forward(backend.asarray(np.ones((1, 3, 3, 1), np.float32)))
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 3), (6, 5, 0), (6.0, 5, 3), ("6", 5, 3)])
 def test_build_refuses_sizes_that_are_none(shape):
     with pytest.raises(ValueError, match="^Conv2D: input_shape must be ints >= 1 without"):

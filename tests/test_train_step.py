@@ -13,7 +13,7 @@ import pytest
 
 from gpucnn import losses, models, optim, use_backend
 from gpucnn.data import Augmentation, Dataset, Loader
-from gpucnn.layers import BatchNorm, Conv2D, Dense, Dropout, Flatten, Sequential
+from gpucnn.layers import BatchNorm, Concat, Conv2D, Dense, Dropout, Flatten, Sequential
 from gpucnn.training import StepResult, TrainStep, train_step
 from tests.conftest import needs_simulator
 from tests.gpusim.mutation import caught
@@ -702,6 +702,21 @@ def test_a_planted_bug_is_caught(cupy_backend, bug):
 
 def test_they_pass_where_no_bug_is_planted(cupy_backend):
     check_steps_and_a_lost_one(cupy_backend)
+
+
+def test_a_layer_of_many_branches_is_captured(cupy_backend):
+    """CuPy's concatenate() would copy from the host for them."""
+    results = []
+    for capture in (True, False):
+        model = Sequential([Concat([Conv2D(1, 3) for _ in range(9)]), Flatten(), Dense(10)])
+        model.build((6, 6, 2), seed=3)
+        loss, optimizer = losses.SoftmaxCrossEntropy(), optim.Adam(model)
+        step, data = TrainStep(model, loss, optimizer, capture=capture), images((6, 6, 2))
+        for _ in range(3):
+            step(data.images[:4].astype(np.float32), data.labels[:4])
+        assert step.not_captured is None
+        results.append(step.results())
+    assert results[0] == results[1]
 
 
 def test_no_warning_where_everything_is_captured(cupy_backend):

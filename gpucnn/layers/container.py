@@ -143,7 +143,18 @@ class Concat(Layer):
 
     def forward(self, x: Array, training: bool = False) -> Array:
         parts = [layer.forward(x, training) for layer in self.branches]
-        y = self.backend.xp.concatenate(parts, axis=-1)
+        shapes = [part.shape for part in parts]
+        if len({shape[:-1] for shape in shapes}) > 1:  # of images of another size, perhaps
+            raise ValueError(f"{self.where}: the branches give {shapes}; all but the last number "
+                             "must be equal")
+        # CuPy's concatenate() copies the addresses of many arrays from the host, which a captured
+        # graph must not.
+        y = self.backend.empty((*parts[0].shape[:-1], sum(p.shape[-1] for p in parts)),
+                               parts[0].dtype)
+        start = 0
+        for part in parts:
+            y[..., start:start + part.shape[-1]] = part
+            start += part.shape[-1]
         self.save(training, y.shape)
         return y
 

@@ -266,6 +266,12 @@ def ascontiguousarray(value, dtype=None):
     return _do(np.ascontiguousarray, (value, dtype), {})
 
 
+def concatenate(arrays, axis=0, **options):
+    if len(arrays) > 8:  # their addresses are copied from the host
+        _refuse_in_a_graph()
+    return _do(np.concatenate, (list(arrays), axis), options)
+
+
 def asnumpy(value):
     return value.get() if isinstance(value, ndarray) else np.asarray(value)
 
