@@ -56,6 +56,7 @@ class BinaryCrossEntropy:
     """The mean of -t log s(z) - (1 - t) log(1 - s(z)) over all elements, s the sigmoid.
 
     z are logits; t are floats in [0, 1] and have the same shape. float16 as in MeanSquaredError.
+    While a CUDA graph is captured nothing can wait for a check: the loss becomes NaN for other t.
     """
 
     def __init__(self, loss_scale: LossScale | None = None):
@@ -65,14 +66,16 @@ class BinaryCrossEntropy:
     def __call__(self, z: Array, t: Array) -> tuple[Array, Array]:
         """(loss, dz). Raises ValueError for other shapes, an empty batch or t outside [0, 1]."""
         dtype, z, t = _receive(type(self).__name__, z, t)
-        xp = backend_of(z).xp
-        outside = (t < 0) | (t > 1)
-        if outside.any():
+        backend = backend_of(z)
+        xp, outside = backend.xp, (t < 0) | (t > 1)
+        if not backend.capturing() and outside.any():
             raise ValueError(f"{type(self).__name__}: targets must lie in [0, 1], got "
                              f"{float(t[outside][0]):g}")
         # max(z, 0) - z t + log(1 + exp(-|z|)) is the same and cannot overflow.
         small = xp.exp(-xp.abs(z))
         loss = (xp.maximum(z, 0) - z * t + xp.log1p(small)).mean()
+        if backend.capturing():
+            loss = xp.where(outside.any(), xp.nan, loss).astype(loss.dtype)
         sigmoid = xp.where(z >= 0, 1, small) / (1 + small)
         dz = _scaled((sigmoid - t) / z.size, self.loss_scale)
         return loss, dz.astype(dtype, copy=False)

@@ -486,10 +486,11 @@ def test_what_inputs_gives_is_not_copied(cupy_backend):
     assert training.step.results() == [last]
 
 
-def test_a_loss_that_takes_outputs_to_come_to(backend):
+@pytest.mark.parametrize("loss", [losses.MeanSquaredError, losses.BinaryCrossEntropy])
+def test_a_loss_that_takes_outputs_to_come_to(backend, loss):
     """Right is an image whose largest output is where the largest of those is."""
-    training = Training(backend.name, loss=losses.MeanSquaredError)
-    plain = Training(backend.name, loss=losses.MeanSquaredError, capture=False)
+    training = Training(backend.name, loss=loss)
+    plain = Training(backend.name, loss=loss, capture=False)
     x, labels = training.data.images.astype(np.float32) / 255, training.data.labels
     t, expected = np.eye(10, dtype=np.float32)[labels], []
     for n in (10, 10, 10, 4, 4, 4):  # 10: as many images as outputs
@@ -504,6 +505,21 @@ def test_a_loss_that_takes_outputs_to_come_to(backend):
     got = training.step.results()
     assert [r[1:] for r in got] == [r[1:] for r in expected]
     assert [r.loss for r in got] == [r.loss for r in expected]
+    assert training.step.not_captured is None
+
+
+def test_probabilities_out_of_range_make_a_captured_loss_nan(cupy_backend):
+    """As labels do: a graph cannot stop for them."""
+    training = Training("cupy", loss=losses.BinaryCrossEntropy)
+    x, t = training.data.images[:4].astype(np.float32) / 255, np.zeros((4, 10), np.float32)
+    for _ in range(3):
+        training.step(x, t)
+    t[2, 3] = 1.5
+    training.step(x, t)
+    *before, last = training.step.results()
+    assert np.isfinite([r.loss for r in before]).all()
+    assert np.isnan(last.loss)
+    assert training.optimizer.steps == 3
 
 
 def test_wrong_labels_of_the_host_are_refused_before_a_graph_has_them(backend):
