@@ -131,12 +131,20 @@ def main(arguments: argparse.Namespace) -> int:
     if out is not None:  # before the work, in case it cannot be made
         out = out if out.name else default_path(arguments.command, report)
         out.parent.mkdir(parents=True, exist_ok=True)
-    COMMANDS[arguments.command][0](arguments, backend, report)
+    try:
+        COMMANDS[arguments.command][0](arguments, backend, report)
+    except GpucnnError:  # after what may have taken long
+        save(report, out)
+        raise
+    save(report, out)
+    return int(any("error" in row or not row.get("passed", True)
+                   for row in report["results"] if row["contestant"] == "gpucnn"))
+
+
+def save(report: dict[str, Any], out: Path | None) -> None:
     if out is not None:
         write_atomically(out, json.dumps(report, indent=1).encode())
         print(out)
-    return int(any("error" in row or not row.get("passed", True)
-                   for row in report["results"] if row["contestant"] == "gpucnn"))
 
 
 def run_nets(arguments: argparse.Namespace, backend: Backend, report: dict[str, Any]) -> None:
@@ -292,7 +300,7 @@ def run_profile(arguments: argparse.Namespace, workload: dict[str, Any],
                 "peak_flops_per_second": peak}
     lines = []
     for row in profile["rows"]:
-        rates = [row[f"{name}_flops"] / row[name] for name in ("forward", "backward")]
+        rates = [row[f"{name}_flops"] / max(row[name], 1e-9) for name in ("forward", "backward")]
         row["forward_flops_per_second"], row["backward_flops_per_second"] = rates
         seconds = row["forward"] + row["backward"]
         figures = [f"{r / 1e9:.1f}" for r in rates] + [f"{r / peak:.0%}" for r in rates]

@@ -312,6 +312,35 @@ def test_a_layers_memory_on_a_gpu_is_that_of_the_pool(cupy_backend):
     assert "forward" not in vars(contestant.model.layers[0])  # nothing is left wrapped
 
 
+@pytest.mark.parametrize("net", ["resnet18", "resnet50"])
+def test_a_profile_of_sums_and_of_what_has_no_backward_pass(net):
+    """Norms that add run forward_added(); nothing needs the gradient of squares of pixels."""
+    contestant = gpucnn_contestant.Contestant(workload_of(net, "profile", batch=2))
+    profile = gpucnn_contestant.profile(contestant, 1)
+    assert all(row["forward"] > 0 for row in profile["rows"])
+    silent = [row["class"] for row in profile["rows"] if row["backward"] == 0]
+    assert silent == (["SpaceToDepth"] if net == "resnet50" else [])
+    first, second, *_ = [row for row in profile["rows"] if row["class"] == "Conv2D"]
+    assert first["backward_flops"] == first["forward_flops"]
+    assert second["backward_flops"] == 2 * second["forward_flops"]
+    assert sum(row[name] for row in profile["rows"] for name in ("forward", "backward")) < (
+        profile["step"])
+
+
+def test_a_profile_that_fails_leaves_what_was_measured(tmp_path):
+    out = tmp_path / "step.json"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import statistics\nmedian = statistics.median\n"
+        "def fails(values):\n    import sys\n"
+        "    if sys._getframe(1).f_code.co_filename.endswith('gpucnn_contestant.py'):\n"
+        "        raise OSError('no clock')\n    return median(values)\n"
+        "statistics.median = fails\n")
+    result = run("scripts.benchmark", "step", "--model", "lenet", *SMALL, out, "--profile",
+                 code=1, PYTHONPATH=f"{tmp_path}{os.pathsep}{contest.ROOT}")
+    assert "no profile: OSError: no clock" in error_of(result)
+    assert len(json.loads(out.read_text())["results"]) == 1
+
+
 def test_infer_beside_a_peer(tmp_path):
     pytest.importorskip("torch")
     out = tmp_path / "infer.json"
