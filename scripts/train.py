@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for python scrip
 import numpy as np
 
 import gpucnn
-from gpucnn import cli, losses, metrics, optim
+from gpucnn import cli, losses, metrics, optim, schedules
 from gpucnn.backend import Backend
 from gpucnn.data import Augmentation, Dataset, Loader
 from gpucnn.data.loader import to_float
@@ -36,6 +36,12 @@ OPTIMIZERS = {
     "adam": (optim.Adam, {}),
     "adamw": (optim.AdamW, {}),
 }
+SCHEDULES = {
+    "constant": lambda rate, steps: schedules.constant(rate),
+    "step": lambda rate, steps: schedules.step_decay(rate, -(-steps // 3)),
+    "cosine": schedules.cosine,
+    "one-cycle": schedules.one_cycle,
+}
 EVALUATION_BATCH = 500
 WHITENED_IMAGES = 5000
 
@@ -50,6 +56,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="(default: %(default)s)")
     p.add_argument("--learning-rate", type=cli.positive_float, metavar="ETA",
                    help="(default: the optimizer's own)")
+    p.add_argument("--schedule", choices=SCHEDULES, default="constant",
+                   help="of the learning rate, step by step: as it is, a tenth of it after each "
+                        "third of the epochs, down to 0 along a cosine, or up and down in one "
+                        "cycle (default: %(default)s)")
+    p.add_argument("--warm-up", type=cli.positive_float, metavar="EPOCHS",
+                   help="begin with small learning rates for so long; 0.5 is half an epoch "
+                        "(default: do not)")
     p.add_argument("--precision", choices=PRECISIONS, default="float32",
                    help="of activations and products; the mixed ones need a GPU, and tf32 is "
                         "float32 where there are no tensor cores (default: %(default)s)")
@@ -109,20 +122,24 @@ def train(arguments: argparse.Namespace, backend: Backend, train_set: Dataset, t
                     augmentation=Augmentation(crop=arguments.crop, flip=arguments.flip,
                                               cutout=arguments.cutout))
     test_loader = Loader(test_set, EVALUATION_BATCH, dtype=model.dtype)
+    rate = optimizer.learning_rate
+    schedule = SCHEDULES[arguments.schedule](rate, arguments.epochs * len(loader))
+    if arguments.warm_up:
+        schedule = schedules.warm_up(schedule, max(1, round(arguments.warm_up * len(loader))))
     print(f"{arguments.model}: {sum(p.size for p in model.parameters().values()):,} parameters; "
           f"{len(train_set):,} training and {len(test_set):,} test images; "
-          f"{arguments.optimizer}, learning rate {optimizer.learning_rate:g}, batches of "
+          f"{arguments.optimizer}, learning rate {rate:g}, batches of "
           f"{arguments.batch_size}")
 
     history: dict[str, Any] = {name: [] for name in (
-        "step", "step_loss", "epoch", "train_loss", "train_accuracy", "test_loss",
-        "test_accuracy")}
+        "step", "step_loss", "step_learning_rate", "epoch", "train_loss", "train_accuracy",
+        "test_loss", "test_accuracy")}
     history["steps_per_epoch"] = len(loader)
     training_seconds, last_good = 0.0, None
     for epoch in range(1, arguments.epochs + 1):
         started = time.perf_counter()
         train_loss, train_accuracy = train_epoch(
-            steps, optimizer, loader, epoch, arguments, history, last_good)
+            steps, schedule, loader, epoch, arguments, history, last_good)
         training_seconds += time.perf_counter() - started
         test = evaluate(model, test_loader.epoch())
         for name, value in (("epoch", epoch), ("train_loss", train_loss),
@@ -146,7 +163,8 @@ def train(arguments: argparse.Namespace, backend: Backend, train_set: Dataset, t
         "images_per_second": len(train_set) * arguments.epochs / training_seconds,
         "backend": backend.name, "device": cli.device_name(backend), "model": arguments.model,
         "epochs": arguments.epochs, "batch_size": arguments.batch_size,
-        "optimizer": arguments.optimizer, "learning_rate": optimizer.learning_rate,
+        "optimizer": arguments.optimizer, "learning_rate": rate,
+        "schedule": arguments.schedule, "warm_up": arguments.warm_up,
         "label_smoothing": arguments.label_smoothing, "clip_norm": arguments.clip_norm,
         "precision": arguments.precision,
         "cuda_graphs": steps.capture and steps.not_captured is None,
@@ -157,7 +175,7 @@ def train(arguments: argparse.Namespace, backend: Backend, train_set: Dataset, t
             "numpy": np.__version__, backend.name: backend.xp.__version__}})
 
 
-def train_epoch(steps, optimizer, loader, epoch, arguments, history, last_good):
+def train_epoch(steps, schedule, loader, epoch, arguments, history, last_good):
     """One pass over the training set: its mean loss and accuracy."""
     from tqdm import tqdm
     seen = hits = 0
@@ -166,11 +184,15 @@ def train_epoch(steps, optimizer, loader, epoch, arguments, history, last_good):
     with tqdm(total=len(loader.dataset), desc=f"epoch {epoch}/{arguments.epochs}", unit=" images",
               bar_format="{desc} |{bar}| {remaining} left, {rate_fmt}{postfix}", disable=None,
               leave=False) as bar:
-        for step, result in enumerate(steps.epoch(loader, epoch - 1), 1):
+        before = (epoch - 1) * len(loader)
+        results = steps.epoch(loader, epoch - 1, schedule=schedule)
+        for step, result in enumerate(results, 1):
+            rate = schedule(before + step - 1)
             check_finite(result.loss, epoch=epoch, step=step, last_good=last_good,
-                         learning_rate=optimizer.learning_rate)
-            history["step"].append((epoch - 1) * len(loader) + step)
-            history["step_loss"].append(result.loss)
+                         learning_rate=rate)
+            for name, value in (("step", before + step), ("step_loss", result.loss),
+                                ("step_learning_rate", rate)):
+                history[name].append(value)
             seen, hits = seen + result.images, hits + result.hits
             total += result.loss * result.images
             bar.set_postfix_str(f"loss {total / seen:.4f}, accuracy {hits / seen:.4f}",

@@ -21,6 +21,7 @@ import pytest
 
 from gpucnn.data import fashion_mnist
 from gpucnn.models import load_model, save_model
+from scripts import train
 from tests import gpusim
 from tests.conftest import CUPY_RUNS
 
@@ -99,6 +100,26 @@ def test_augmented_training_is_a_function_of_the_seed_too(trained, tmp_path):
     assert error_of(result) == ("gpucnn: error: Augmentation: crop must be less than the height "
                                 "and the width of the images, 28x28; got 28")
     assert not (tmp_path / "large").exists()
+
+
+def test_the_learning_rate_follows_the_schedule(tmp_path):
+    """Each third of 8 steps has a tenth of the rate before; the first half epoch is two steps."""
+    out = tmp_path / "run"
+    run("scripts.train", *SMALL, "--epochs", 2, "--optimizer", "sgd", "--schedule", "step",
+        "--warm-up", 0.5, "--out", out)
+    rates = json.loads((out / "history.json").read_text())["step_learning_rate"]
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.001, 0.001, 0.001, 0.0001, 0.0001])
+    metrics = json.loads((out / "metrics.json").read_text())
+    got = [metrics[name] for name in ("schedule", "warm_up", "learning_rate")]
+    assert got == ["step", 0.5, 0.01]
+
+
+@pytest.mark.parametrize("name", train.SCHEDULES)
+def test_each_schedule_begins_and_ends(name):
+    schedule = train.SCHEDULES[name](0.5, 90)
+    assert schedule(30) == {"constant": 0.5, "step": pytest.approx(0.05),
+                            "cosine": pytest.approx(0.375)}.get(name, schedule(30))
+    assert 0 <= schedule(89) <= schedule(30) <= 0.5
 
 
 def test_a_run_is_not_overwritten(trained):

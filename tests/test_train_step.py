@@ -325,6 +325,24 @@ def test_the_learning_rate_is_read_from_the_device(cupy_backend):
     assert len(captured.step._graphs) == 2, "no graph was captured anew"
 
 
+def test_a_schedule_sets_the_rate_of_each_step(cupy_backend):
+    """Also of the first ones of an epoch that goes on in its middle; no graph is captured anew."""
+    rates = []
+
+    def schedule(step):
+        rates.append(step)
+        return 0.1 / (step + 1)
+
+    captured, plain = (Training("cupy", capture=capture) for capture in (True, False))
+    for training in (captured, plain):
+        for number, position in ((0, 0), (1, 0), (3, 4)):
+            list(training.step.epoch(training.loader, number, position, schedule=schedule))
+    assert rates == 2 * [0, 1, 2, 3, 4, 5, 10, 11]
+    assert captured.optimizer.learning_rate == 0.1 / 12
+    assert_same(captured.state(), plain.state())
+    assert len(captured.step._graphs) == 2
+
+
 CHANGES = {
     "dropout": lambda t: setattr(t.model.layers[2], "rate", 0.0),
     "momentum of the norm": lambda t: setattr(t.model.layers[1], "momentum", 0.9),

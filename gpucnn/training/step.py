@@ -19,6 +19,7 @@ from gpucnn.layers.base import argument_names
 from gpucnn.losses import SoftmaxCrossEntropy
 from gpucnn.ops import as_array, check_labels
 from gpucnn.optim import Optimizer
+from gpucnn.schedules import Schedule
 
 Loss = Callable[[Array, Array], tuple[Array, Array]]
 READ_EVERY = 32  # steps, whose results go to the host in one copy
@@ -186,8 +187,12 @@ class TrainStep:
             return backend.asarray(check_labels(backend, t, n, self._model.output_shape[-1]))
         return backend.asarray(t)
 
-    def epoch(self, loader: Loader, number: int = 0, position: int = 0) -> Iterator[StepResult]:
+    def epoch(self, loader: Loader, number: int = 0, position: int = 0, *,
+              schedule: Schedule | None = None) -> Iterator[StepResult]:
         """A step on each batch of an epoch of the loader, as Loader.epoch() counts them.
+
+        schedule: sets the optimizer's learning rate before each step, by the number of the steps
+            before it in this epoch and those before it (gpucnn.schedules).
 
         Yields the result of each step in order: at once on the CPU, up to 2 * read_every steps
         later on a GPU. The epoch begins when the first one is asked for, so that epochs can be
@@ -207,15 +212,19 @@ class TrainStep:
             self._feeds[loader] = loader.feed()
         loader.check_epoch(number)
         loader.sizes(position)
-        return self._epoch(loader, number, position)
+        return self._epoch(loader, number, position, schedule)
 
-    def _epoch(self, loader: Loader, number: int, position: int) -> Iterator[StepResult]:
+    def _epoch(self, loader: Loader, number: int, position: int, schedule: Schedule | None
+               ) -> Iterator[StepResult]:
         self.results()
         turn, feed = object(), self._feeds[loader]
         self._turn = turn
-        for size in feed.begin(number, position):
+        first = number * len(loader) + position // loader.batch_size
+        for before, size in enumerate(feed.begin(number, position), first):
             if self._turn is not turn:
                 raise RuntimeError("TrainStep: another epoch has begun; only that one can go on")
+            if schedule is not None:
+                self._optimizer.learning_rate = schedule(before)
             feed.advance(size)
             self._run((loader, size), partial(feed.gather, size), size)
             yield from self._log.arrived()
