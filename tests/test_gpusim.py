@@ -286,7 +286,11 @@ for file in map(pathlib.Path, sys.argv[1:]):
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Attribute):
             # What a call returns, and then what is of the function itself.
-            name = ast.unparse(node).replace("get_current_stream()", "Stream").replace("()", "")
+            name = ast.unparse(node)
+            for call, kind in (("cuda.get_current_stream()", "cuda.Stream"),
+                               ("get_default_memory_pool()", "cuda.MemoryPool")):
+                name = name.replace(call, kind)
+            name = name.replace("()", "")
             if name.startswith("cupy."):
                 try:
                     operator.attrgetter(name.removeprefix("cupy."))(cupy)
