@@ -198,9 +198,8 @@ class TrainStep:
         later on a GPU. The epoch begins when the first one is asked for, so that epochs can be
         chained. Results that nobody has asked for are forgotten then.
 
-        Raises TypeError for what is no Loader, ValueError for one on another backend, and what
-        Loader.epoch() raises;
-        RuntimeError where it is to go on after another epoch has begun.
+        Raises TypeError for what is no Loader, ValueError for one on another backend, what
+        Loader.epoch() raises, and RuntimeError where it is to go on after another epoch has begun.
         """
         if not isinstance(loader, Loader):
             raise TypeError(f"TrainStep: epoch() takes a data.Loader, got {loader!r}; for batches "
