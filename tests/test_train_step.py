@@ -648,7 +648,7 @@ def test_where_a_capture_fails_no_graph_keeps_its_memory(cupy_backend, monkeypat
     for batch in batches[:4]:
         training.step(*batch)
     pool = weakref.ref(training.step._memory.pool)
-    monkeypatch.setattr(cuda_graph, "_capture", no_memory)
+    monkeypatch.setattr(cuda_graph, "capture_on", no_memory)
     with pytest.warns(RuntimeWarning, match="OutOfMemoryError: Out of memory allocating"):
         training.step(*batches[4])
     assert pool() is None

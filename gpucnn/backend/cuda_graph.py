@@ -36,7 +36,8 @@ def capture(work: Callable[[], Any], memory: GraphMemory) -> Callable[[], None]:
     cupy.get_default_memory_pool().free_all_blocks()  # what a first run has left there
     while True:
         pool, alone = memory.pool, memory.graphs == 0
-        graph = _capture(work, memory.stream, pool)
+        with cupy.cuda.using_allocator(pool.malloc), memory.stream:
+            graph = capture_on(memory.stream, work)
         memory.graphs += 1
         outlives = pool.used_bytes() > 0
         # What is still referred to after the capture, such as a result, is written by this graph
@@ -52,16 +53,16 @@ def capture(work: Callable[[], Any], memory: GraphMemory) -> Callable[[], None]:
     return launch
 
 
-def _capture(work: Callable[[], Any], stream: Any, pool: Any) -> Any:
-    with cupy.cuda.using_allocator(pool.malloc), stream:
-        stream.begin_capture()
-        try:
-            work()
-        except BaseException:
-            with contextlib.suppress(Exception):  # the first error says more
-                stream.end_capture()
-            raise
-        return stream.end_capture()
+def capture_on(stream: Any, work: Callable[[], Any]) -> Any:
+    """What work() launches on the stream, which must be the current one, as a CuPy Graph."""
+    stream.begin_capture()
+    try:
+        work()
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error says more
+            stream.end_capture()
+        raise
+    return stream.end_capture()
 
 
 def _allocate(size: int) -> Any:

@@ -91,16 +91,14 @@ class Clock:
 
     def capture(self, work: Call) -> Call:
         """Must be called in scope(), after the calls have run once: compiling is not captured."""
+        from gpucnn.backend.cuda_graph import capture_on  # which imports CuPy
+
         stream = self.stream
-        stream.begin_capture()
         try:
-            work()
+            graph = capture_on(stream, work)
         except BaseException:
-            with contextlib.suppress(Exception):  # the first error says more
-                stream.end_capture()
             self.stream = self.cuda.Stream(non_blocking=True)
             raise
-        graph = stream.end_capture()
         return lambda: graph.launch(stream)
 
     def time(self, calls: Sequence[Call], library: Library | None = None, *,
