@@ -2,20 +2,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from gpucnn import rng
 from gpucnn.backend import Array, PassPlan, get_backend
 from gpucnn.geometry import is_int
+from gpucnn.layers.initializers import Initializer, Shape
 from gpucnn.ops import as_array
 from gpucnn.precision import make_precision
 
-Shape = tuple[int, ...]
-Initializer = Callable[[Shape, int, int], np.ndarray]  # (shape, key, stream) -> float64 array
 # The random numbers of one seed never overlap: parameter i of a model draws from stream i of the
 # key `seed`, layer i from a key of its own that has these high bits.
 _LAYER_KEYS = 0xD809_0000_0000_0000
@@ -414,44 +412,6 @@ class Layer:
     def __repr__(self) -> str:
         arguments = ", ".join(f"{k}={v!r}" for k, v in self.config().items() if k != "class")
         return f"{type(self).__name__}({arguments})"
-
-
-# Initializers, equal on every backend because they are drawn on the host.
-
-
-def he_normal(fan_in: int) -> Initializer:
-    """Normal with variance 2 / fan_in (He et al. 2015), which keeps the scale through ReLUs."""
-    return lambda shape, key, stream: (2 / fan_in) ** 0.5 * rng.normal(shape, key, stream)
-
-
-def glorot_uniform(fan_in: int, fan_out: int) -> Initializer:
-    """Uniform in ±sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010)."""
-    limit = (6 / (fan_in + fan_out)) ** 0.5
-    return lambda shape, key, stream: limit * (2 * rng.uniform(shape, key, stream) - 1)
-
-
-def dirac(fan_in: int, groups: int) -> Initializer:
-    """Filters, (kh, kw, c / groups, filters), the first of which pass on one channel each.
-
-    In each group filter i is 1 in the middle of channel i, and 0 elsewhere. Those that are left
-    without a channel are uniform in ±1 / sqrt(fan_in), as convolutions of torch begin. With as
-    many filters as channels the layer is the identity (Zagoruyko and Komodakis 2017).
-    """
-    def draw(shape: Shape, key: int, stream: int) -> np.ndarray:
-        kh, kw, depth, filters = shape
-        w = fan_in ** -0.5 * (2 * rng.uniform(shape, key, stream) - 1)
-        for group in np.split(w, groups, axis=3):
-            channels = np.arange(min(depth, filters // groups))
-            group[..., channels] = 0
-            group[(kh - 1) // 2, (kw - 1) // 2, channels, channels] = 1
-        return w
-
-    return draw
-
-
-def constant(value: float) -> Initializer:
-    """The same value everywhere."""
-    return lambda shape, key, stream: np.full(shape, value)
 
 
 def _join(path: str, name: str) -> str:

@@ -14,15 +14,8 @@ from gpucnn.geometry import (
     make_window,
     pair,
 )
-from gpucnn.layers.base import (
-    Layer,
-    LayerMemory,
-    Parameter,
-    Shape,
-    constant,
-    dirac,
-    he_normal,
-)
+from gpucnn.layers.base import Layer, LayerMemory, Parameter, Shape
+from gpucnn.layers.initializers import constant, dirac, he_normal
 from gpucnn.ops import check_channels
 
 INITIALIZERS = ("he", "dirac")

@@ -4,15 +4,8 @@ from __future__ import annotations
 from gpucnn import activations
 from gpucnn.backend import Array, PassPlan
 from gpucnn.geometry import integer
-from gpucnn.layers.base import (
-    Layer,
-    LayerMemory,
-    Parameter,
-    Shape,
-    constant,
-    glorot_uniform,
-    he_normal,
-)
+from gpucnn.layers.base import Layer, LayerMemory, Parameter, Shape
+from gpucnn.layers.initializers import constant, glorot_uniform, he_normal
 
 
 class Dense(Layer):

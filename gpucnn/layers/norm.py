@@ -6,7 +6,8 @@ from typing import Any
 
 from gpucnn import activations
 from gpucnn.backend import Array
-from gpucnn.layers.base import Layer, LayerMemory, Parameter, Shape, constant
+from gpucnn.layers.base import Layer, LayerMemory, Parameter, Shape
+from gpucnn.layers.initializers import constant
 from gpucnn.ops import check_epsilon
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from gpucnn import rng
 from gpucnn.backend import Array, PassPlan
 from gpucnn.geometry import IntOrPair, Window, make_window, pair
-from gpucnn.layers.base import Layer, LayerMemory, Parameter, Shape, constant
+from gpucnn.layers.base import Layer, LayerMemory, Parameter, Shape
+from gpucnn.layers.initializers import constant
 from gpucnn.numerics import blocks_of
 from gpucnn.ops import as_array, check_channels
 
