@@ -95,6 +95,7 @@ class Layer:
         self.output_shape: Shape = ()
         self.own_parameters: dict[str, Parameter] = {}
         self.own_buffers: dict[str, Array] = {}
+        self.own_counters: dict[str, Array] = {}  # (1,) int64, on the device: captured graphs count
         self.decayed_size = 0
         self.flat_data: Array = None
         self.flat_grad: Array = None
@@ -273,6 +274,38 @@ class Layer:
         """What is saved but not learned (running statistics): path -> (layer, name)."""
         return {_join(layer.path, name): (layer, name)
                 for layer in self.walk() for name in layer.own_buffers}
+
+    def counters(self) -> dict[str, Array]:
+        """What training counts, by path: (1,) int64 arrays of the backend, "dropout1/step"."""
+        return {_join(layer.path, name): counter
+                for layer in self.walk() for name, counter in layer.own_counters.items()}
+
+    def training_state(self) -> dict[str, np.ndarray]:
+        """What training needs to go on with the same bits, beside parameters and buffers.
+
+        The counters as arrays of the host, (1,) int64: of each dropout the number of its next step.
+        Waits for the GPU.
+        """
+        return {path: np.array(self.backend.to_numpy(counter))
+                for path, counter in self.counters().items()}
+
+    def load_training_state(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Go on from what training_state() gave, on this backend or the other.
+
+        Raises ValueError for paths, shapes, dtypes or values that are not this model's; then it is
+        unchanged.
+        """
+        counters = self.counters()
+        if arrays.keys() != counters.keys():
+            raise ValueError(f"{self.where}: the training state has {sorted(counters)}, got "
+                             f"{sorted(arrays)}; give that of a model of the same layers")
+        for path, given in arrays.items():
+            given = np.asarray(given)
+            if given.shape != (1,) or given.dtype != np.int64 or given[0] < 0:
+                raise ValueError(f"{self.where}: {path} must be an int64 >= 0 of shape (1,), got "
+                                 f"{given.dtype} {given.tolist()}")
+        for path, counter in counters.items():
+            counter[...] = self.backend.asarray(arrays[path])
 
     def config(self) -> dict[str, Any]:
         """The arguments that make this layer again, its class included; JSON can hold them."""

@@ -25,25 +25,24 @@ class Dropout(Layer):
 
     def make_state(self, key: int) -> None:
         self.key = key
-        # Counts forward passes in training; on the device, so that a captured graph counts too.
-        self._step = self.backend.xp.zeros(1, np.int64)
+        self.own_counters = {"step": self.backend.xp.zeros(1, np.int64)}
 
     @property
     def step(self) -> int:
         """The number of the next training step, which its mask is drawn from; waits for the GPU."""
-        return int(self._step[0])
+        return int(self.own_counters["step"][0])
 
     @step.setter
     def step(self, number: int) -> None:
-        self._step[...] = number
+        self.own_counters["step"][...] = number
 
     def forward(self, x: Array, training: bool = False) -> Array:
         x = self.receive(x)
-        step = self._step.copy() if training else None
+        step = self.own_counters["step"].copy() if training else None
         self.save(training, x.shape, step)
         if not training or self.rate == 0:
             return x
-        self._step += 1
+        self.own_counters["step"] += 1
         return self.backend.dropout(x, self.rate, self.key, step)
 
     def backward(self, dy: Array) -> Array:
