@@ -17,23 +17,23 @@ from tests import gpusim
 
 _NO_GPU = cupy_obstacle()
 SIMULATOR_WORKS, _WHY_NOT = gpusim.available()
-_SIMULATED = bool(_NO_GPU) and SIMULATOR_WORKS
-if _SIMULATED:
+SIMULATED = bool(_NO_GPU) and SIMULATOR_WORKS
+if SIMULATED:
     gpusim.install()
     make_backend.cache_clear()
-CUPY_RUNS = not _NO_GPU or _SIMULATED
+CUPY_RUNS = not _NO_GPU or SIMULATED
 
 
 def pytest_report_header() -> str:
     if not _NO_GPU:
         return "gpucnn: the cupy backend runs on this machine's GPU"
-    if _SIMULATED:
+    if SIMULATED:
         return ("gpucnn: the cupy backend's kernels run on the CPU through tests/gpusim, "
                 f"because {_NO_GPU}")
     return f"gpucnn: the cupy backend is not tested: {_NO_GPU}; and {_WHY_NOT}"
 
 
-needs_simulator = pytest.mark.skipif(not _SIMULATED, reason=_WHY_NOT or "there is a GPU to spare")
+needs_simulator = pytest.mark.skipif(not SIMULATED, reason=_WHY_NOT or "there is a GPU to spare")
 needs_compiler = pytest.mark.skipif(not SIMULATOR_WORKS, reason=_WHY_NOT)
 needs_cupy = pytest.mark.skipif(not CUPY_RUNS, reason=f"{_NO_GPU}; {_WHY_NOT}")
 BACKENDS = ["numpy", pytest.param("cupy", marks=needs_cupy)]
@@ -69,14 +69,17 @@ contestants.GPU_GEMM, contestants.GPU_COPIED = 32, 1 << 12
 
 @pytest.fixture
 def gpu(tmp_path):
-    """The environment of processes that find the simulator in CuPy's place, and their children."""
+    """The environment of processes that find the simulator in CuPy's place, and their children.
+
+    The peers find no GPU in it, whether or not there is one.
+    """
     works, why_not = gpusim.available()
     if not works:
         pytest.skip(why_not)
     (tmp_path / "sitecustomize.py").write_text(_ON_A_GPU)
     root = Path(__file__).resolve().parents[1]
     return {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}", "GPUCNN_BACKEND": "cupy",
-            "GPUSIM_CHECKS": "off", "OMP_NUM_THREADS": "1"}
+            "GPUSIM_CHECKS": "off", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture

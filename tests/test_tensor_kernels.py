@@ -14,7 +14,7 @@ import pytest
 
 from gpucnn.backend import cuda_kernel
 from tests import gpusim
-from tests.conftest import needs_cupy, needs_simulator
+from tests.conftest import SIMULATED, needs_cupy, needs_simulator
 from tests.convolution_judge import (
     TENSOR_DTYPES,
     Shape,
@@ -167,7 +167,10 @@ BITS = [0x3F800FFF, 0x3F801000, 0xBF801000, 0x3FFFF000, 0xBFFFFFFF, 0x40490FDB, 
     ("y", "x", "w", "image"), ("y", "w", "x", "filters"), ("dx", "dz", "w", "image"),
     ("dw", "x", "dz", "depth"), ("dw", "dz", "x", "filters")])
 def test_numbers_that_are_not_ordinary(cupy_backend, result, factor, other, longer, dtype):
-    """Each is a factor in one product with 1, in a sum of zeros else, on each side of each pass."""
+    """Each is a factor in one product with 1, in a sum of zeros else, on each side of each pass.
+
+    What is done to y's sums on a GPU makes denormal numbers 0, for CuPy compiles with -ftz=true.
+    """
     values = np.array(BITS, np.uint32).view(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         values = values if dtype == FLOAT32 else values.astype(dtype)
@@ -184,7 +187,11 @@ def test_numbers_that_are_not_ordinary(cupy_backend, result, factor, other, long
     a[other] = np.eye(piece, dtype=dtype).reshape(a[other].shape)
     got = run(cupy_backend, case, *tiled(tile_of(SMALL)), a, (result,))[result]
     got = got.reshape(n, piece) if got.shape[-1] == piece else got.reshape(piece, n).T
-    np.testing.assert_array_equal(got[places].astype(np.float64), as_factor(values))
+    got, want = got[places].astype(np.float64), as_factor(values)
+    if result == "y" and not SIMULATED:
+        flushed = (got == 0) & (np.abs(want) < np.finfo(np.float32).smallest_normal)
+        want = np.where(flushed, 0, want)
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", TENSOR_DTYPES, ids=str)

@@ -47,13 +47,22 @@ def test_compiles_and_spills_nothing(architecture, number, dtype, index, activat
     for file in FILES:
         compiled = compile_variant(file, architecture, number, dtype, index, activation)
         assert "warning" not in compiled.log, compiled.log
-        kernels = nvrtc.resources(compiled)
-        assert kernels
-        for name, needs in kernels.items():
+        for name, needs in nvrtc.resources(compiled).items():
             assert needs.shared == 0, (name, needs)  # all of it is dynamic
             allowed = 0 if index == np.int32 else SPILLED_AT_64_BITS
             assert max(needs.stack, needs.spill_stores, needs.spill_loads) <= allowed, (name, needs)
             assert needs.registers * tensor_tile(number).threads <= 65536 // 2, (name, needs)
+
+
+def test_what_was_compiled_before_comes_with_its_remarks():
+    """NVRTC's cache, which it has on machines with a driver, leaves them out."""
+    library, reason = nvrtc.find()
+    if library is None:
+        pytest.skip(reason)
+    first, again = (compile_variant(FILES[1], "sm_90", 4, FLOAT16, np.int32, 0) for _ in range(2))
+    assert nvrtc.resources(first) == nvrtc.resources(again)
+    with pytest.raises(AssertionError, match="^no kernel in the compiler's remarks: ''"):
+        nvrtc.resources(nvrtc.Compiled(again.code, ""))
 
 
 @pytest.mark.parametrize(("number", "dtype"), [(5, FLOAT16), (6, BFLOAT16), (7, FLOAT16)], ids=str)

@@ -61,6 +61,13 @@ def _architectures(library: C.CDLL) -> list[int]:
     return list(numbers)
 
 
+def _uncached(library: C.CDLL) -> tuple[str, ...]:
+    """From 12.9 on, where there is a driver, what was compiled before comes without remarks."""
+    major, minor = C.c_int(), C.c_int()
+    library.nvrtcVersion(C.byref(major), C.byref(minor))
+    return ("--no-cache",) if (major.value, minor.value) >= (12, 9) else ()
+
+
 class Resources(NamedTuple):
     """What one kernel needs, in registers a thread and bytes (of static shared memory)."""
 
@@ -79,7 +86,8 @@ def compile(source: str, file: str, architecture: str, *options: str) -> Compile
     program = C.c_void_p()
     library.nvrtcCreateProgram(C.byref(program), source.encode(), file.encode(), 0, None, None)
     try:
-        given = [o.encode() for o in (f"-arch={architecture}", *_OPTIONS, *options)]
+        given = [o.encode() for o in (f"-arch={architecture}", *_OPTIONS, *_uncached(library),
+                                      *options)]
         failed = library.nvrtcCompileProgram(program, len(given),
                                              (C.c_char_p * len(given))(*given))
         log = _get(library, program, "ProgramLog").decode(errors="replace").rstrip("\0\n")
@@ -103,6 +111,7 @@ def resources(compiled: Compiled) -> dict[str, Resources]:
         assert registers, part
         found[name] = Resources(int(registers[1]), *(numbers.get(what, 0) for what in (
             "smem", "stack frame", "spill stores", "spill loads")))
+    assert found, f"no kernel in the compiler's remarks: {compiled.log!r}"
     return found
 
 
