@@ -11,6 +11,7 @@ from gpucnn.errors import (
     ModelFormatError,
     TrainingError,
 )
+from gpucnn.training import fit
 
 __all__ = [
     "BackendError",
@@ -22,6 +23,7 @@ __all__ = [
     "TrainingError",
     "__version__",
     "data",
+    "fit",
     "get_backend",
     "layers",
     "losses",

@@ -75,14 +75,6 @@ def require_precision(name: str, backend: Backend) -> None:
         raise UsageError(str(e)) from e
 
 
-def device_name(backend: Backend) -> str:
-    """The GPU's name, or "cpu"."""
-    if backend.name != "cupy":
-        return "cpu"
-    runtime: Any = backend.xp.cuda.runtime
-    return runtime.getDeviceProperties(backend.xp.cuda.Device().id)["name"].decode()
-
-
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--data", choices=("subset", "full"), default="subset",
@@ -137,6 +129,14 @@ def positive_int(text: str) -> int:
     value = _number(int, text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be >= 1, got {text}")
+    return value
+
+
+def nonnegative_int(text: str) -> int:
+    """An argparse type."""
+    value = _number(int, text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be >= 0, got {text}")
     return value
 
 

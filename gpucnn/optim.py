@@ -5,6 +5,8 @@ formula stands here, and for the GPU in kernels/optimizer.cu.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -292,6 +294,13 @@ class AdamW(Adam):
         super().__init__(model, learning_rate, beta1, beta2, epsilon, **options)
         _check("weight_decay", weight_decay, 0, float("inf"))
         self.weight_decay = weight_decay
+
+
+# What a user calls them.
+BY_NAME: dict[str, Callable[..., Optimizer]] = {
+    "sgd": GradientDescent, "momentum": Momentum, "nesterov": partial(Momentum, nesterov=True),
+    "rmsprop": RMSProp, "adam": Adam, "adamw": AdamW,
+}
 
 
 def _definer(cls: type, method: str) -> type:

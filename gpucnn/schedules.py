@@ -70,6 +70,15 @@ def warm_up(schedule: Schedule, steps: int) -> Schedule:
     return lambda step: schedule(step) * min(1.0, (step + 1) / steps)
 
 
+# What a user calls them: of the highest rate and the number of all steps.
+BY_NAME: dict[str, Callable[[float, int], Schedule]] = {
+    "constant": lambda rate, steps: constant(rate),
+    "step": lambda rate, steps: step_decay(rate, -(-steps // 3)),
+    "cosine": cosine,
+    "one-cycle": one_cycle,
+}
+
+
 def _between(first: float, last: float, share: float) -> float:
     """From first, where share is 0, along half a cosine to last, where it is 1 and more."""
     return last + (first - last) * (1 + math.cos(math.pi * min(share, 1.0))) / 2

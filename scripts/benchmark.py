@@ -30,6 +30,7 @@ from gpucnn import cli
 from gpucnn.backend import Backend
 from gpucnn.errors import GpucnnError
 from gpucnn.files import one_line, write_atomically
+from gpucnn.machine import cpu_name, device_name, git_commit
 from gpucnn.models import MODELS
 from scripts.contestants import copied_bytes, gemm_size
 from scripts.contestants.contest import ROOT, Child, Contest, Failed, Row, alternate
@@ -418,15 +419,11 @@ def environment(arguments: argparse.Namespace, backend: Backend) -> dict[str, st
 
 def machine(backend: Backend) -> dict[str, Any]:
     """The processor, the GPU, and how busy the machine was, for the record."""
-    cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
-                            capture_output=True, text=True, check=False).stdout.strip()
-    return {"cpu": named[1] if named else platform.processor() or platform.machine(),
+    return {"cpu": cpu_name(),
             "cores": os.cpu_count(), "allowed_cores": allowed_cores(),
-            "gpu": None if backend.name == "numpy" else cli.device_name(backend),
+            "gpu": None if backend.name == "numpy" else device_name(backend),
             "system": platform.system(), "load_average": os.getloadavg(),
-            "commit": commit or None}
+            "commit": git_commit()}
 
 
 def allowed_cores() -> int:

@@ -35,6 +35,7 @@ import numpy as np
 import gpucnn
 from gpucnn import cli
 from gpucnn.backend import Backend, cupy_obstacle, make_backend
+from gpucnn.machine import device_name, git_commit
 from scripts.gpu import children, cudnn, report
 from scripts.gpu.context import HAS_BFLOAT16, MODES, Context
 from scripts.gpu.measure import Budget, Clock
@@ -197,16 +198,14 @@ def machine(backend: Backend) -> dict[str, Any]:
     """The device and the versions, for the record."""
     cuda: Any = backend.xp.cuda
     properties = cuda.runtime.getDeviceProperties(cuda.Device().id)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
-                            capture_output=True, text=True, check=False).stdout.strip()
-    return {"gpu": cli.device_name(backend),
+    return {"gpu": device_name(backend),
             "compute_capability": str(cuda.Device().compute_capability),
             "multiprocessors": properties["multiProcessorCount"],
             "memory_bytes": properties["totalGlobalMem"], "l2_bytes": properties["l2CacheSize"],
             "driver": cuda.runtime.driverGetVersion(), "cuda": cuda.runtime.runtimeGetVersion(),
             "cupy": backend.xp.__version__, "numpy": np.__version__,
             "python": platform.python_version(), "gpucnn": gpucnn.__version__,
-            "commit": commit or None, "date": str(date.today()), "clocks": clocks()}
+            "commit": git_commit(), "date": str(date.today()), "clocks": clocks()}
 
 
 def clocks() -> dict[str, str] | None:

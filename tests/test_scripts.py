@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpucnn import schedules
 from gpucnn.data import fashion_mnist
 from gpucnn.models import load_model, save_model
-from scripts import train
 from tests import gpusim
 from tests.conftest import CUPY_RUNS
 
@@ -60,8 +60,9 @@ def trained(tmp_path_factory):
 def test_training_leaves_what_it_promises(trained):
     out, result = trained
     assert sorted(p.name for p in out.iterdir()) == [
-        "confusion.png", "curves.png", "history.json", "metrics.json", "model.json",
-        "model.safetensors"]
+        "checkpoints", "config.toml", "confusion.png", "curves.png", "environment.json",
+        "history.json", "log.csv", "log.jsonl", "metrics.json", "model.json", "model.safetensors",
+        "tensorboard"]
     assert result.stdout.splitlines()[-1] == str(out)
     assert result.stderr == "gpucnn: backend numpy (GPUCNN_BACKEND=numpy)\n"
     assert "epoch 1/1: loss " in result.stdout
@@ -114,9 +115,9 @@ def test_the_learning_rate_follows_the_schedule(tmp_path):
     assert got == ["step", 0.5, 0.01]
 
 
-@pytest.mark.parametrize("name", train.SCHEDULES)
+@pytest.mark.parametrize("name", schedules.BY_NAME)
 def test_each_schedule_begins_and_ends(name):
-    schedule = train.SCHEDULES[name](0.5, 90)
+    schedule = schedules.BY_NAME[name](0.5, 90)
     assert schedule(30) == {"constant": 0.5, "step": pytest.approx(0.05),
                             "cosine": pytest.approx(0.375)}.get(name, schedule(30))
     assert 0 <= schedule(89) <= schedule(30) <= 0.5
@@ -125,7 +126,7 @@ def test_each_schedule_begins_and_ends(name):
 def test_a_run_is_not_overwritten(trained):
     out, _ = trained
     result = run("scripts.train", *SMALL, "--out", out, code=1)
-    assert error_of(result).endswith("already holds a run; choose another --out")
+    assert error_of(result).endswith("already holds a run; add --resume or choose another --out")
 
 
 def test_default_run_folders_do_not_collide(tmp_path):
@@ -289,10 +290,11 @@ def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path):  # row 12
     assert len(result.stderr.splitlines()) == 2  # the backend, and the error
     message = error_of(result)
     assert "at epoch 1 step " in message
-    assert "(lr 1e+30); no model was saved yet; lower the learning rate or use --clip" in message
-    run("scripts.train", *SMALL, "--model", "article", "--optimizer", "sgd", "--learning-rate",
-        "1e30", cwd=tmp_path, code=1)
-    assert not list(tmp_path.iterdir())  # neither that folder nor a new one under runs/
+    assert "(lr 1e+30); no checkpoint was written yet; lower the learning rate or use" in message
+    # The log tells what happened; there is no model, and the folder can be used again.
+    assert '"loss"' in (tmp_path / "run" / "log.jsonl").read_text()
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+    run("scripts.train", *SMALL, "--resume", "--out", tmp_path / "run")
 
 
 def test_data_that_is_missing_is_named(tmp_path):  # row 29

@@ -36,7 +36,7 @@ class ResidentFeed:
 
     def __init__(self, loader: Loader):
         self.loader, asarray = loader, loader.backend.asarray
-        self.order = asarray(np.zeros(len(loader.dataset), np.int64))
+        self.order = asarray(np.zeros(loader.n, np.int64))
         self.cursor = asarray(np.zeros(2, np.int64))  # the place in the order, and the epoch
 
     def begin(self, number: int, position: int) -> list[int]:

@@ -52,13 +52,7 @@ class Loader:
     def __init__(self, dataset: Dataset, batch_size: int, *, seed: int | None = None,
                  augmentation: Augmentation | None = None, dtype: Any = np.float32,
                  streamed: bool | None = None) -> None:
-        _check_int("batch_size", batch_size, 1)
-        if seed is not None:
-            _check_int("seed", seed, 0)
-        self.dtype = np.dtype(dtype)
-        if self.dtype.name not in ("float32", "float64", "float16", "bfloat16"):
-            raise TypeError("Loader: dtype must be float32, float64, float16 or bfloat16, got "
-                            f"{self.dtype}")
+        self.batch_size, self.seed, self.dtype = check_batches(batch_size, seed, dtype)
         if not isinstance(augmentation, (Augmentation, type(None))):
             raise TypeError("Loader: augmentation must be an Augmentation or None, got "
                             f"{augmentation!r}")
@@ -69,8 +63,6 @@ class Loader:
         if not isinstance(streamed, (bool, type(None))):
             raise TypeError(f"Loader: streamed must be True, False or None, got {streamed!r}")
         self.dataset = dataset
-        self.batch_size = int(batch_size)
-        self.seed = seed
         self.backend = get_backend()
         self.key = _AUGMENTATION_KEYS ^ (self.seed or 0)
         self.table = self.backend.asarray(
@@ -81,9 +73,14 @@ class Loader:
             self.images = self.backend.asarray(dataset.images)
             self.labels = self.backend.asarray(dataset.labels, np.int64)
 
+    @property
+    def n(self) -> int:
+        """The number of images."""
+        return len(self.dataset)
+
     def __len__(self) -> int:
         """The number of batches in an epoch."""
-        return -(-len(self.dataset) // self.batch_size)
+        return -(-self.n // self.batch_size)
 
     def epoch(self, number: int = 0, position: int = 0) -> Iterator[tuple[Array, Array]]:
         """Yield the batches of epoch `number`, the first being 0.
@@ -101,7 +98,7 @@ class Loader:
     def sizes(self, position: int = 0) -> list[int]:
         """Of the batches from an image on. Raises TypeError and ValueError for a wrong position."""
         _check_int("position", position, 0)
-        n = len(self.dataset)
+        n = self.n
         if position > n:
             raise ValueError(f"Loader: position must be <= {n}, the number of images, got "
                              f"{position}")
@@ -114,13 +111,31 @@ class Loader:
     def order(self, number: int) -> np.ndarray:
         """The numbers of the images as epoch `number` visits them: (n,) int64."""
         self.check_epoch(number)
-        n = len(self.dataset)
+        n = self.n
         if self.seed is None:
             return np.arange(n, dtype=np.int64)
-        # NumPy promises that a bit generator's raw stream never changes, but promises nothing
-        # for Generator.permutation (NEP 19). So: sort by random keys.
-        philox = np.random.Philox(key=np.array([self.seed, number], np.uint64))
-        return np.argsort(philox.random_raw(n), kind="stable").astype(np.int64, copy=False)
+        return shuffled(n, self.seed, number)
+
+
+def shuffled(n: int, seed: int, number: int) -> np.ndarray:
+    """The numbers 0 to n - 1 in the order of (seed, number): (n,) int64, on every machine."""
+    # NumPy promises that a bit generator's raw stream never changes, but promises nothing
+    # for Generator.permutation (NEP 19). So: sort by random keys.
+    philox = np.random.Philox(key=np.array([seed, number], np.uint64))
+    return np.argsort(philox.random_raw(n), kind="stable").astype(np.int64, copy=False)
+
+
+def check_batches(batch_size: int, seed: int | None, dtype: Any
+                  ) -> tuple[int, int | None, np.dtype]:
+    """The three as a Loader keeps them. Raises TypeError and ValueError for what none takes."""
+    _check_int("batch_size", batch_size, 1)
+    if seed is not None:
+        _check_int("seed", seed, 0)
+    dtype = np.dtype(dtype)
+    if dtype.name not in ("float32", "float64", "float16", "bfloat16"):
+        raise TypeError("Loader: dtype must be float32, float64, float16 or bfloat16, got "
+                        f"{dtype}")
+    return int(batch_size), seed, dtype
 
 
 def _batches(feed: Feed, sizes: list[int]) -> Iterator[tuple[Array, Array]]:

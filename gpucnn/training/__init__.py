@@ -1,6 +1,8 @@
-"""Training, evaluation and prediction of a built model."""
+"""Training, evaluation and prediction of a model."""
 from gpucnn.training.evaluation import Evaluation, check_finite, evaluate, predict
+from gpucnn.training.fit import fit
+from gpucnn.training.loop import EpochRecord, StepRecord, Stopped, Training
 from gpucnn.training.step import StepResult, TrainStep, train_step
 
-__all__ = ["Evaluation", "StepResult", "TrainStep", "check_finite", "evaluate", "predict",
-           "train_step"]
+__all__ = ["EpochRecord", "Evaluation", "StepRecord", "StepResult", "Stopped", "TrainStep",
+           "Training", "check_finite", "evaluate", "fit", "predict", "train_step"]

@@ -21,11 +21,11 @@ def check_finite(loss: float, *, epoch: int, step: int, learning_rate: float,
                  last_good: str | None) -> None:
     """Raise TrainingError if the loss is nan or infinite.
 
-    epoch and step count from 1; last_good: the last model that was saved, None if none was.
+    epoch and step count from 1; last_good: the last checkpoint, None where none was written.
     """
     if np.isfinite(loss):
         return
-    saved = f"last good model: {last_good}" if last_good else "no model was saved yet"
+    saved = f"last good checkpoint: {last_good}" if last_good else "no checkpoint was written yet"
     raise TrainingError(f"loss is {loss} at epoch {epoch} step {step} (lr {learning_rate:g}); "
                         f"{saved}; lower the learning rate or use --clip-norm")
 

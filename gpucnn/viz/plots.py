@@ -39,14 +39,17 @@ def plot_curves(history: Mapping[str, Any], path: str | os.PathLike[str]) -> Non
     """Write the loss and the accuracy over the epochs as a PNG file.
 
     history: "steps_per_epoch", and lists: "step" (1 is the first of the run) with "step_loss";
-        "epoch" (1 stands at the end of the first) with "test_loss", "train_accuracy" and
-        "test_accuracy". Losses are in nats, accuracies fractions from 0 to 1.
+        "epoch" (1 stands at the end of the first) with "train_accuracy", "test_loss" and
+        "test_accuracy", or "validation_loss" and "validation_accuracy" in their place. Losses are
+        in nats, accuracies fractions from 0 to 1.
 
     Raises ImportError where matplotlib is missing, OSError where the file cannot be written.
     """
     figure = _figure(10, 4)
     loss_axes, accuracy_axes = figure.subplots(1, 2, gridspec_kw={"wspace": 0.24})
     epoch = history["epoch"]
+    looked_at = "test" if "test_loss" in history else "validation"
+    looked_loss = history[f"{looked_at}_loss"]
     marked = {"linewidth": 1.8, "marker": "o", "markersize": 5}
 
     at_step = np.asarray(history["step"], float) / history["steps_per_epoch"]
@@ -56,15 +59,15 @@ def plot_curves(history: Mapping[str, Any], path: str | os.PathLike[str]) -> Non
                    label="training, each step")
     loss_axes.plot(at_step, smooth_loss, color=_TRAINING, linewidth=1.8,
                    label="training, smoothed")
-    loss_axes.plot(epoch, history["test_loss"], color=_TEST, **marked, label="test")
+    loss_axes.plot(epoch, looked_loss, color=_TEST, **marked, label=looked_at)
     # The first loss and the usual ones set the scale: a few wild steps must not squeeze the rest.
     usual = np.sort(step_loss)[:math.ceil(0.99 * len(step_loss))]
-    shown = np.concatenate([step_loss[:1], usual, history["test_loss"]])
+    shown = np.concatenate([step_loss[:1], usual, looked_loss])
     loss_axes.set_ylim(0, 1.1 * max(shown[np.isfinite(shown)], default=1))
     _label(loss_axes, "Loss", "mean cross-entropy (nats)")
 
     for key, name, color in (("train_accuracy", "training", _TRAINING),
-                             ("test_accuracy", "test", _TEST)):
+                             (f"{looked_at}_accuracy", looked_at, _TEST)):
         percent = 100 * np.asarray(history[key], float)
         last = f", {percent[-1]:.1f} % at the end" if percent.size else ""
         accuracy_axes.plot(epoch, percent, color=color, **marked, label=name + last)

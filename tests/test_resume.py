@@ -1,0 +1,235 @@
+"""Runs that are stopped or killed, and go on to the same bits."""
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from gpucnn.training.checkpoints import read_checkpoint
+from gpucnn.training.run_log import read_jsonl
+from tests import killing
+from tests.conftest import BACKENDS, needs_cupy
+
+pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'gpucnn[plot]'")
+pytest.importorskip("tqdm", reason="needs tqdm: pip install 'gpucnn[train]'")
+LEAST_KILLS = 10
+SETTINGS = ("--model", "tiny", "--train-images", 40, "--test-images", 8, "--batch-size", 8,
+            "--epochs", 12, "--schedule", "one-cycle", "--warm-up", 0.5, "--crop", 2, "--flip",
+            "--save-every", 0)
+
+
+def result(folder):
+    return [(folder / name).read_bytes() for name in ("model.safetensors", "history.json")]
+
+
+def until(condition, process, seconds=60):
+    """How long it took."""
+    started = time.perf_counter()
+    while not condition():
+        assert time.perf_counter() - started < seconds
+        process.join(0.005)
+        if process.exitcode is not None:
+            break
+    return time.perf_counter() - started
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_run_killed_ten_times_ends_with_the_same_bits(backend, tmp_path):
+    whole, killed, output = tmp_path / "whole", tmp_path / "killed", tmp_path / "output"
+    started = time.perf_counter()
+    process = killing.start((*SETTINGS, "--out", whole), output, backend)
+    startup = until((whole / "config.toml").exists, process)
+    process.join(120)
+    assert process.exitcode == 0, output.read_text()
+    training = time.perf_counter() - started - startup
+
+    rng, kills, seconds = random.Random(0), 0, []
+    while kills < LEAST_KILLS or seconds[-1] > 0:
+        assert len(seconds) < 4 * LEAST_KILLS, "it never gets ahead"
+        process = killing.start((*SETTINGS, "--out", killed, "--resume"), output, backend)
+        # Most at some moment of the training, some before it; and one that is let be, at the end.
+        seconds.append(0 if kills >= LEAST_KILLS else
+                       startup * rng.uniform(0.5, 1) if kills % 5 == 0 else
+                       startup + 0.15 * training * rng.random())
+        process.join(seconds[-1] or 120)
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        assert process.exitcode in (0, -signal.SIGKILL), output.read_text()
+    assert process.exitcode == 0, output.read_text()
+    assert output.read_text().count("going on from") >= LEAST_KILLS / 2, output.read_text()
+    assert result(killed) == result(whole)
+    assert not list(killed.rglob("*.tmp"))
+    assert not (killed / ".lock").exists()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A complete run, on NumPy."""
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    changed = ("--epochs", 2, "--save-every", 600, "--out", folder)
+    end(killing.start((*SETTINGS, *changed), folder.parent / "output", "numpy"))
+    return folder
+
+
+def end(process, code=0):
+    process.join(120)
+    assert process.exitcode == code
+
+
+def resume(run, tmp_path, *arguments, code=1, backend="numpy"):
+    """The last line of what a copy of the run says when it is to go on with these arguments."""
+    folder = tmp_path / run.name
+    if not folder.exists():
+        shutil.copytree(run, folder)
+    output = tmp_path / "output"
+    output.unlink(missing_ok=True)
+    end(killing.start(("--out", folder, "--resume", *arguments), output, backend), code)
+    return output.read_text().splitlines()[-1]
+
+
+def test_a_complete_run_has_nothing_left_to_do(run, tmp_path):
+    before = result(run)
+    resume(run, tmp_path, code=0)
+    assert result(tmp_path / "a") == before
+    assert len(json.loads((tmp_path / "a" / "environment.json").read_text())) == 2
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--batch-size", 4), "batch_size is 4, the checkpoint was made with 8; pass --override "
+     "batch_size to accept"),
+    (("--seed", 1, "--epochs", 4, "--no-flip"), "epochs is 4, the checkpoint was made with 2; seed "
+     "is 1, the checkpoint was made with 0; flip is False, the checkpoint was made with True; pass "
+     "--override epochs --override seed --override flip to accept"),
+    (("--seed", 1, "--epochs", 4, "--override", "epochs"), "seed is 1, the checkpoint was made "
+     "with 0; pass --override seed to accept"),
+    (("--train-images", 32, "--override", "train-images"), "train_set is "),
+])
+def test_changed_settings_and_data_are_refused(arguments, message, run, tmp_path):  # row 56
+    assert resume(run, tmp_path, *arguments).startswith(f"gpucnn: error: --resume: {message}")
+
+
+def test_changed_settings_are_taken_where_they_are_named(run, tmp_path):
+    said = resume(run, tmp_path, "--epochs", 3, "--batch-size", 4, "--override", "epochs",
+                  "--override", "batch-size", "--save-every", 5, code=0)
+    assert said == str(tmp_path / "a")
+    history = json.loads((tmp_path / "a" / "history.json").read_text())
+    assert history["epoch"] == [1, 2, 3]
+    assert len(history["step_loss"]) == 5 + 5 + 10
+    assert len(read_jsonl(tmp_path / "a" / "log.jsonl")) == 20 + 3
+
+
+@needs_cupy
+def test_another_backend_is_taken_where_the_bits_need_not_be_the_same(run, tmp_path):
+    message = resume(run, tmp_path, backend="cupy")
+    assert re.match(r"gpucnn: error: --resume: backend is cupy, the checkpoint was made with numpy;"
+                    r".* so the bits may differ; pass --no-deterministic to accept$", message)
+    resume(run, tmp_path, "--no-deterministic", "--epochs", 3, "--override", "epochs", code=0,
+           backend="cupy")
+
+
+def test_a_damaged_checkpoint_is_named(run, tmp_path):  # row 32
+    folder = tmp_path / "a"
+    shutil.copytree(run, folder)
+    last = max((folder / "checkpoints").iterdir(), key=lambda p: int(p.stem[5:]))
+    last.write_bytes(last.read_bytes()[:-1])
+    message = resume(run, tmp_path)
+    assert "step-10.safetensors: damaged (" in message
+    assert message.endswith("the one before is step-5.safetensors; delete step-10.safetensors to "
+                            "go on without it")
+    last.unlink()
+    resume(run, tmp_path, code=0)
+    assert result(folder) == result(run)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_stops(number, code, tmp_path):  # row 53
+    output, folder = tmp_path / "output", tmp_path / "a"
+    many = (*SETTINGS, "--epochs", 2000, "--save-every", 600, "--out", folder)
+    process = killing.start(many, output, "numpy")
+    until(lambda: output.exists() and "epoch 2/" in output.read_text(), process)
+    os.kill(process.pid, number)
+    end(process, code)
+    said = output.read_text()
+    assert "gpucnn: stopping; again stops at once, without saving\n" in said
+    steps = int(re.search(r"^stopped at step (\d+); --resume goes on from there$", said, re.M)[1])
+    assert (folder / "checkpoints" / f"step-{steps}.safetensors").exists()
+    assert not (folder / ".lock").exists()
+    assert read_jsonl(folder / "log.jsonl")[-1]["step"] == steps
+
+
+def test_no_room_for_checkpoints_ends_in_an_error_but_trains_on(tmp_path, monkeypatch, capsys):
+    from gpucnn import cli
+    from gpucnn.errors import CheckpointError
+    from gpucnn.training import checkpoints
+    from scripts import train
+    real, full = checkpoints.write_atomically, []
+
+    def write(path, data):
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, data)
+
+    monkeypatch.setattr(checkpoints, "write_atomically", write)
+    small = train.parser().parse_args([
+        "--model", "lenet5", "--train-images", "64", "--test-images", "8", "--epochs", "3",
+        "--out", str(tmp_path / "a")])
+    epochs, on_epoch = [], train.Run._on_epoch
+
+    def after(run, record):
+        epochs.append(record.epoch)
+        full[:] = epochs[1:]  # from the second on
+        on_epoch(run, record)
+
+    monkeypatch.setattr(train.Run, "_on_epoch", after)
+    with pytest.raises(CheckpointError, match=r"cannot write .+step-3\.safetensors: no space left"):
+        train.main(small)
+    assert epochs == [1, 2, 3]
+    warnings = capsys.readouterr().err.splitlines()[1:]
+    assert [re.sub(r".*(step-\d).*: (no space).*; (.*); (.*)", r"\1 \2 \3 \4", w)
+            for w in warnings] == [
+        f"step-{n} no space step-1.safetensors is intact training goes on" for n in (2, 3)]
+    assert [p.name for p in Path(tmp_path / "a" / "checkpoints").iterdir()] == [
+        "step-1.safetensors"]
+    assert (tmp_path / "a" / cli.MODEL_FILE).exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--resume",), "--resume needs --out"),
+    (("--patience", 3), "--patience needs --validation"),
+    (("--weight-decay", 0.1), "--weight-decay goes with --optimizer adamw, not adam"),
+    (("--override", "batchsize"), "--override: batchsize is not a setting; it takes one of data, "),
+])
+def test_flags_that_do_not_go_together_are_usage_errors(arguments, message, tmp_path):
+    output = tmp_path / "output"
+    end(killing.start((*SETTINGS, *arguments), output, "numpy"), 2)
+    assert output.read_text().splitlines()[-1].startswith(f"gpucnn: error: {message}")
+
+
+def test_patience_keeps_the_model_of_the_best_epoch(tmp_path):
+    changed = ("--epochs", 60, "--learning-rate", 0.05, "--schedule", "constant", "--validation",
+               0.25, "--patience", 3, "--save-every", 600, "--out", tmp_path / "a")
+    end(killing.start((*SETTINGS, *changed), tmp_path / "output", "numpy"))
+    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    history = json.loads((tmp_path / "a" / "history.json").read_text())
+    losses, best = history["validation_loss"], metrics["best_epoch"]
+    assert losses[best - 1] == min(losses)
+    assert metrics["epochs_made"] == best + 3 == len(losses) < 60
+    assert (metrics["train_images"], metrics["validation"]) == (30, 0.25)
+    # The model that stays is that of the best checkpoint, which stays too.
+    kept = {p.name for p in (tmp_path / "a" / "checkpoints").iterdir()}
+    steps = history["steps_per_epoch"]
+    assert kept == {f"step-{steps * n}.safetensors" for n in (best, best + 2, best + 3)}
+    best_one = read_checkpoint(tmp_path / "a" / "checkpoints" / f"step-{steps * best}.safetensors")
+    for name, a in safetensors.numpy.load_file(tmp_path / "a" / "model.safetensors").items():
+        np.testing.assert_array_equal(a, best_one.arrays[f"model/{name}"])
