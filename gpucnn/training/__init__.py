@@ -2,7 +2,9 @@
 from gpucnn.training.evaluation import Evaluation, check_finite, evaluate, predict
 from gpucnn.training.fit import fit
 from gpucnn.training.loop import EpochRecord, StepRecord, Stopped, Training
-from gpucnn.training.step import StepResult, TrainStep, train_step
+from gpucnn.training.plain import train_step
+from gpucnn.training.results import StepResult
+from gpucnn.training.step import TrainStep
 
 __all__ = ["EpochRecord", "Evaluation", "StepRecord", "StepResult", "Stopped", "TrainStep",
            "Training", "check_finite", "evaluate", "fit", "predict", "train_step"]

@@ -12,7 +12,7 @@ from gpucnn.layers import Layer
 from gpucnn.losses import SoftmaxCrossEntropy
 from gpucnn.numerics import log_softmax
 from gpucnn.ops import as_array
-from gpucnn.training.step import receive
+from gpucnn.training.plain import receive
 
 Batches = Iterable[tuple[Array, Array]]
 

@@ -16,7 +16,8 @@ from gpucnn.layers import Layer
 from gpucnn.optim import Optimizer
 from gpucnn.schedules import Schedule, constant
 from gpucnn.training.evaluation import Evaluation, check_finite, evaluate
-from gpucnn.training.step import StepResult, TrainStep
+from gpucnn.training.results import StepResult
+from gpucnn.training.step import TrainStep
 
 if TYPE_CHECKING:
     from gpucnn.training.average import Average

@@ -3,93 +3,24 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from gpucnn.backend import Array, Backend, Fetch, backend_of
+from gpucnn.backend import Array, backend_of
 from gpucnn.data import Loader
 from gpucnn.data.feed import Feed
 from gpucnn.geometry import is_int
 from gpucnn.layers import Layer
 from gpucnn.layers.base import argument_names
 from gpucnn.losses import SoftmaxCrossEntropy
-from gpucnn.ops import as_array, check_labels
+from gpucnn.ops import check_labels
 from gpucnn.optim import Optimizer
 from gpucnn.schedules import Schedule
+from gpucnn.training.plain import Loss, check_loss_scales, receive, run_step
+from gpucnn.training.results import ResultLog, StepResult
 
-Loss = Callable[[Array, Array], tuple[Array, Array]]
 READ_EVERY = 32  # steps, whose results go to the host in one copy
-
-
-class StepResult(NamedTuple):
-    """What one step found before its update: the mean loss of so many images, and how many of
-    them were classified right."""
-
-    loss: float
-    hits: int
-    images: int
-
-
-def train_step(model: Layer, loss: Loss, optimizer: Optimizer, x: Any, t: Any
-               ) -> tuple[float, int]:
-    """Forward, backward and update on one batch; waits for the result. TrainStep does not.
-
-    x: (n, h, w, c) images, moved to the model's backend if they come from the host.
-    t: as the loss takes it: (n,) labels, or (n, outputs), the largest of which counts as the
-        label. Those of gpucnn.losses take it from the host too.
-
-    Returns (mean loss, how many of the n were classified right before the update). The update is
-    left out where the loss is not finite: the caller decides what then (check_finite).
-
-    Raises ValueError where the loss and the optimizer have not the same loss scale.
-    """
-    check_loss_scales(loss, optimizer)
-    value, hits = run_step(model, loss, optimizer, x, t)
-    return float(value), int(hits)
-
-
-def run_step(model: Layer, loss: Loss, optimizer: Optimizer, x: Any, t: Any
-             ) -> tuple[Array, Array]:
-    """What train_step does, for which nothing waits: (loss, hits), scalars of the backend."""
-    backend = model.backend
-    with np.errstate(over="ignore", invalid="ignore"):  # the loss shows it
-        logits = model.forward(receive(model, x), training=True)
-        if type(loss) is SoftmaxCrossEntropy:  # a subclass may compute another loss
-            value, dlogits, hits = loss.with_hits(logits, t)
-        else:
-            value, dlogits = loss(logits, t)
-            labels = backend.asarray(t)
-            if labels.ndim > 1:  # outputs to come to, as the other losses of gpucnn.losses take
-                labels = labels.argmax(axis=1)
-            hits = (logits.argmax(axis=1) == labels).sum()
-        del logits
-        if not isinstance(value, backend.xp.ndarray):
-            value = backend.xp.asarray(value)
-        if value.itemsize < 4:
-            value = value.astype(np.float32)
-        model.backward_parameters(dlogits)
-        optimizer.step(value)
-    return value, hits
-
-
-def check_loss_scales(loss: Loss, optimizer: Optimizer) -> None:
-    """Raise ValueError where the loss and the optimizer have different loss scales."""
-    if hasattr(loss, "loss_scale") and loss.loss_scale is not optimizer.loss_scale:
-        raise ValueError("the loss and the optimizer have different loss scales; give both the "
-                         "same optim.LossScale, or neither")
-
-
-def receive(model: Layer, x: Any) -> Array:
-    """x on the model's backend, where it comes from the host and is what a layer takes.
-
-    Its dtype stays: the first layer casts it or refuses it (strict_dtype).
-    """
-    x = as_array(model.where, "input", x)
-    return model.backend.asarray(x) if isinstance(x, np.ndarray) else x
 
 
 class TrainStep:
@@ -140,7 +71,7 @@ class TrainStep:
         self.backend = model.backend
         self.capture = capture and self.backend.captures
         self.not_captured: str | None = None
-        self._log = _Log(self.backend, int(read_every))
+        self._log = ResultLog(self.backend, int(read_every))
         self._memory = self.backend.graph_memory()
         self._plain: set[Hashable] = set()  # what has run once
         self._graphs: dict[Hashable, Callable[[], None]] = {}
@@ -291,67 +222,6 @@ class TrainStep:
                     yield settings, name
         if type(self._optimizer).step is not Optimizer.step:  # one that may read it on the host
             yield vars(self._optimizer), "_learning_rate"
-
-
-class _Log:
-    """The results of steps on the device: two halves of a ring. While one is copied to the host,
-    steps write to the other."""
-
-    def __init__(self, backend: Backend, half: int):
-        self.backend, self.half = backend, half
-        self.ring = backend.asarray(np.zeros((2 * half, 2)))
-        self.count = backend.asarray(np.zeros(1, np.int64))
-        self.copied: tuple[Fetch, list[int]] | None = None  # and the images of those steps
-        self.images: list[int] = []  # of the steps in the half that is being written
-        self.asked = 0               # how many of their results were asked for already
-        self.second = False          # which half that is
-        self.waiting: deque[StepResult] = deque()
-
-    def record(self, loss: Array, hits: Array) -> None:
-        """Launched with a step."""
-        self.backend.record_step(loss, self.backend.asarray(hits, np.int32), self.ring, self.count)
-
-    def wrote(self, images: int) -> None:
-        """Called after a step of so many images was launched."""
-        self.images.append(images)
-        self.turn_over()
-
-    def turn_over(self) -> None:
-        """Where a half is full, begin to copy it and go on in the other, which waits for the copy
-        before. Called before each step too: who is interrupted in that waiting may go on."""
-        if len(self.images) == self.half:
-            self._collect()
-            self.copied = self._fetch(), self.images[self.asked:]
-            self.images, self.asked, self.second = [], 0, not self.second
-
-    def arrived(self) -> Iterator[StepResult]:
-        """The results that have come to the host. Those that nobody takes stay."""
-        if not self.backend.captures:
-            self.wait()
-        elif self.copied and self.copied[0].done:
-            self._collect()
-        while self.waiting:
-            yield self.waiting.popleft()
-
-    def wait(self) -> None:
-        """For the results of all steps."""
-        self._collect()
-        if len(self.images) > self.asked:
-            self.copied = self._fetch(), self.images[self.asked:]
-            self.asked = len(self.images)
-            self._collect()
-
-    def _fetch(self) -> Fetch:
-        start = self.half * self.second
-        return self.backend.fetch(self.ring[start + self.asked:start + len(self.images)])
-
-    def _collect(self) -> None:
-        if self.copied:
-            fetch, images = self.copied
-            found = fetch.result()  # who interrupts the waiting finds it later
-            self.copied = None
-            self.waiting += [StepResult(float(loss), int(hits), n)
-                             for (loss, hits), n in zip(found, images)]
 
 
 def _hashable(value: Any) -> bool:
