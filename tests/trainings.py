@@ -5,7 +5,7 @@ import numpy as np
 
 from gpucnn import losses, models, optim, use_backend
 from gpucnn.data import Augmentation, Dataset, Loader
-from gpucnn.layers import BatchNorm, Conv2D, Dense, Dropout, Flatten, Sequential
+from gpucnn.layers import BatchNorm, Conv2D, Dense, Dropout, Flatten, MaxPool2D, Sequential
 from gpucnn.training import TrainStep
 
 # name: (the model, the shape of an image); small, for the simulator
@@ -15,6 +15,9 @@ NETS = {
     "resnet18": (lambda: models.resnet18(10, width=4), (8, 8, 3)),
     "small": (lambda: small(), (6, 6, 2)),
 }
+# Without batch norm and dropout, in which a step depends on how the batch is cut into parts.
+PLAIN = {"plain": (lambda: Sequential([Conv2D(3, activation="tanh"), MaxPool2D(2), Flatten(),
+                                       Dense(10)]), (6, 6, 2))}
 
 
 def small():
@@ -33,7 +36,7 @@ class Training:
 
     def __init__(self, backend, name="small", *, precision="float32", optimizer=optim.Adam,
                  loss=losses.SoftmaxCrossEntropy, streamed=False, batch=4, rate=1e-3, **options):
-        make, shape = NETS[name]
+        make, shape = (NETS | PLAIN)[name]
         self.data = images(shape)
         with use_backend(backend):
             self.model = make()

@@ -7,17 +7,22 @@ from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import Any
 
-from gpucnn.backend import Array, backend_of
+from gpucnn.backend import Array
 from gpucnn.data import Loader
 from gpucnn.data.feed import Feed
 from gpucnn.geometry import is_int
 from gpucnn.layers import Layer
 from gpucnn.layers.base import argument_names
-from gpucnn.losses import SoftmaxCrossEntropy
-from gpucnn.ops import check_labels
 from gpucnn.optim import Optimizer
 from gpucnn.schedules import Schedule
-from gpucnn.training.plain import Loss, check_loss_scales, receive, run_step
+from gpucnn.training.plain import (
+    Loss,
+    check_loss_scales,
+    gradients,
+    receive,
+    receive_targets,
+    update,
+)
 from gpucnn.training.results import ResultLog, StepResult
 
 READ_EVERY = 32  # steps, whose results go to the host in one copy
@@ -41,6 +46,12 @@ class TrainStep:
 
     capture: whether to make graphs.
     read_every: after how many steps their results are copied to the host, while the GPU goes on.
+    micro_batches: in how many parts a batch of n images goes through the model, one after the
+        other, each of ceil(n / micro_batches) images but for a shorter last one; where n is small
+        they are fewer. Their losses and gradients are summed with the weights m / n, and one update
+        follows: the step of the whole batch, up to rounding, in the memory of a part, the batch
+        and one more array of gradients. But the statistics of a batch norm in training are those
+        of a part, and a dropout draws, and counts, once a part: each has another mask.
 
     What cannot be captured (a loss or an optimizer of one's own that looks at values on the host)
     runs in plain calls: a RuntimeWarning says so once, and `not_captured` holds the reason.
@@ -50,7 +61,7 @@ class TrainStep:
     """
 
     def __init__(self, model: Layer, loss: Loss, optimizer: Optimizer, *, capture: bool = True,
-                 read_every: int = READ_EVERY):
+                 read_every: int = READ_EVERY, micro_batches: int = 1):
         for fits, wanted, got in (
                 (isinstance(model, Layer), "model must be a layers.Layer", model),
                 (callable(loss), "loss must be one of gpucnn.losses or a function", loss),
@@ -64,12 +75,14 @@ class TrainStep:
             raise ValueError("TrainStep: the optimizer is that of another model")
         if not isinstance(capture, bool):
             raise TypeError(f"TrainStep: capture must be True or False, got {capture!r}")
-        if not is_int(read_every) or read_every < 1:
-            raise ValueError(f"TrainStep: read_every must be an int >= 1, got {read_every!r}")
+        for name, value in (("read_every", read_every), ("micro_batches", micro_batches)):
+            if not is_int(value) or value < 1:
+                raise ValueError(f"TrainStep: {name} must be an int >= 1, got {value!r}")
         check_loss_scales(loss, optimizer)
         self._model, self._loss, self._optimizer = model, loss, optimizer
         self.backend = model.backend
         self.capture = capture and self.backend.captures
+        self.micro_batches = int(micro_batches)
         self.not_captured: str | None = None
         self._log = ResultLog(self.backend, int(read_every))
         self._memory = self.backend.graph_memory()
@@ -77,7 +90,7 @@ class TrainStep:
         self._graphs: dict[Hashable, Callable[[], None]] = {}
         self._parameters: Array = None  # that the graphs write
         self._watched: list[tuple[dict[str, Any], str]] = []
-        self._inputs: dict[Hashable, tuple[Array, ...]] = {}
+        self._inputs: dict[Hashable, tuple[Array, Array]] = {}
         self._feeds: dict[Loader, Feed] = {}
         self._turn: object = None  # of the epoch that has begun last
 
@@ -90,33 +103,27 @@ class TrainStep:
         x = receive(model, x)
         if not self.capture:
             return self._run((), lambda: (x, t), len(x))
-        t = self._targets(t, len(x))
+        t = receive_targets(model, self._loss, t, len(x))
         key = x.shape, x.dtype, t.shape, t.dtype
         given = self._inputs.get(key, (None, None))
         if x is not given[0] or t is not given[1]:
             given = self.inputs(x, t)
         return self._run(key, lambda: given, len(x))
 
-    def inputs(self, x: Any, t: Any) -> tuple[Array, ...]:
+    def inputs(self, x: Any, t: Any) -> tuple[Array, Array]:
         """The arrays that the steps of batches like (x, t) read, with x and t copied into them.
 
         A step on these two copies nothing: write the next batch into them.
         """
         x = receive(self._model, x)
-        t = self._targets(t, len(x))
+        t = receive_targets(self._model, self._loss, t, len(x))
         key = x.shape, x.dtype, t.shape, t.dtype
         if key not in self._inputs:
-            self._inputs[key] = tuple(self.backend.xp.empty(a.shape, a.dtype) for a in (x, t))
+            empty = self.backend.xp.empty
+            self._inputs[key] = empty(x.shape, x.dtype), empty(t.shape, t.dtype)
         for array, new in zip(self._inputs[key], (x, t)):
             array[...] = new
         return self._inputs[key]
-
-    def _targets(self, t: Any, n: int) -> Array:
-        """t on the model's backend; what comes from the host is checked here: a graph cannot."""
-        backend = self.backend
-        if type(self._loss) is SoftmaxCrossEntropy and backend_of(t) is not backend:
-            return backend.asarray(check_labels(backend, t, n, self._model.output_shape[-1]))
-        return backend.asarray(t)
 
     def epoch(self, loader: Loader, number: int = 0, position: int = 0, *,
               schedule: Schedule | None = None) -> Iterator[StepResult]:
@@ -166,7 +173,7 @@ class TrainStep:
         self._log.wait()
         return list(self._log.arrived())
 
-    def _run(self, key: tuple, batch: Callable[[], tuple[Array, ...]], images: int) -> None:
+    def _run(self, key: tuple, batch: Callable[[], tuple[Array, Array]], images: int) -> None:
         """One step on what batch() gives, as a graph once it ran as it is."""
         if self._model.flat_data is not self._parameters:  # the first step since it was built
             self._parameters = self._model.flat_data
@@ -177,15 +184,18 @@ class TrainStep:
         check_loss_scales(self._loss, self._optimizer)
         self._log.turn_over()
 
-        parts, log = (self._model, self._loss, self._optimizer), self._log
+        model, loss, optimizer, log = self._model, self._loss, self._optimizer, self._log
+        micro_batches = self.micro_batches
 
         def work() -> None:  # without self: the graphs, which keep it, go with the last of self
-            log.record(*run_step(*parts, *batch()))
+            value, hits = gradients(model, loss, *batch(), micro_batches=micro_batches)
+            update(optimizer, value)
+            log.record(value, hits)
 
         if not self.capture or self.not_captured:
             work()
         else:
-            key = (*key, *self._values())
+            key = (*key, micro_batches, *self._values())
             if key in self._plain and key not in self._graphs:
                 self._capture(key, work)
             self._graphs.get(key, work)()
