@@ -43,7 +43,7 @@ class LossScale:
     """
 
     def __init__(self, model: Layer, initial: float = 2.0**16, growth_interval: int = 2000):
-        _check("initial", initial, LEAST_SCALE, 2.0**128)
+        check_number("initial", initial, LEAST_SCALE, 2.0**128)
         if not is_int(growth_interval):
             raise TypeError(f"growth_interval must be an int, got {growth_interval!r}")
         if growth_interval < 1:
@@ -81,14 +81,14 @@ class Optimizer:
         if not model.built:
             raise RuntimeError("the optimizer needs a built model; call model.build(input_shape)")
         if clip_norm is not None:
-            _check("clip_norm", clip_norm, 0, float("inf"))
+            check_number("clip_norm", clip_norm, 0, float("inf"))
         check_loss_scale(loss_scale)
         self.model = model
         self.clip_norm, self.loss_scale = clip_norm, loss_scale
         self.xp: Any = model.backend.xp
         self.state: dict[str, Array] = {n: self.xp.zeros_like(model.flat_data)
                                         for n in self.state_names}
-        self._control = self.xp.zeros(NORM + 1)
+        self.control: Array = self.xp.zeros(NORM + 1)  # gpucnn.update says what is where
         self.learning_rate = learning_rate
 
     @property
@@ -98,9 +98,9 @@ class Optimizer:
 
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
-        _check("learning_rate", value, 0, float("inf"))
+        check_number("learning_rate", value, 0, float("inf"))
         self._learning_rate = value
-        self._control[RATE] = float(value)
+        self.control[RATE] = float(value)
 
     @property
     def steps(self) -> int:
@@ -108,11 +108,11 @@ class Optimizer:
 
         Counted on the device: reading it waits for the GPU.
         """
-        return int(self._control[STEPS])
+        return int(self.control[STEPS])
 
     @steps.setter
     def steps(self, value: int) -> None:
-        self._control[STEPS] = float(value)
+        self.control[STEPS] = float(value)
 
     @property
     def gradient_norm(self) -> float:
@@ -120,7 +120,7 @@ class Optimizer:
 
         Reading it waits for the GPU.
         """
-        return float(self._control[NORM])
+        return float(self.control[NORM])
 
     def step(self, loss: Array | None = None) -> None:
         """theta -= the update.
@@ -130,7 +130,7 @@ class Optimizer:
         model, scale = self.model, self.loss_scale
         same = _definer(type(self), "rule") is _definer(type(self), "update")
         model.backend.apply_update(Update(
-            model.flat_data, model.flat_grad, self.state, self._control,
+            model.flat_data, model.flat_grad, self.state, self.control,
             formula=self.update, rule=self.rule() if same else None,
             weight_decay=self.weight_decay, decayed_size=model.decayed_size,
             clip_norm=self.clip_norm, loss_scale=None if scale is None else scale.value,
@@ -211,7 +211,7 @@ class Momentum(Optimizer):
     def __init__(self, model: Layer, learning_rate: float = 0.01, momentum: float = 0.9,
                  nesterov: bool = False, **options: Any):
         super().__init__(model, learning_rate, **options)
-        _check("momentum", momentum, 0, 1)
+        check_number("momentum", momentum, 0, 1)
         self.momentum = momentum
         self.nesterov = nesterov
 
@@ -233,7 +233,7 @@ class RMSProp(Optimizer):
     def __init__(self, model: Layer, learning_rate: float = 0.001, rho: float = 0.9,
                  epsilon: float = 1e-8, **options: Any):
         super().__init__(model, learning_rate, **options)
-        _check("rho", rho, 0, 1)
+        check_number("rho", rho, 0, 1)
         self.rho = rho
         self.epsilon = epsilon
 
@@ -262,8 +262,8 @@ class Adam(Optimizer):
     def __init__(self, model: Layer, learning_rate: float = 0.001, beta1: float = 0.9,
                  beta2: float = 0.999, epsilon: float = 1e-8, **options: Any):
         super().__init__(model, learning_rate, **options)
-        _check("beta1", beta1, 0, 1)
-        _check("beta2", beta2, 0, 1)
+        check_number("beta1", beta1, 0, 1)
+        check_number("beta2", beta2, 0, 1)
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
 
     def update(self, g: Array, *state: Array) -> Array:
@@ -292,7 +292,7 @@ class AdamW(Adam):
                  beta2: float = 0.999, epsilon: float = 1e-8, weight_decay: float = 0.01,
                  **options: Any):
         super().__init__(model, learning_rate, beta1, beta2, epsilon, **options)
-        _check("weight_decay", weight_decay, 0, float("inf"))
+        check_number("weight_decay", weight_decay, 0, float("inf"))
         self.weight_decay = weight_decay
 
 
@@ -319,7 +319,8 @@ def check_loss_scale(scale: object) -> None:
         raise TypeError(f"loss_scale must be an optim.LossScale or None, got {scale!r}")
 
 
-def _check(name: str, value: float, least: float, below: float) -> None:
+def check_number(name: str, value: float, least: float, below: float) -> None:
+    """Raise TypeError unless it is a number, ValueError unless it is in the range."""
     try:
         fits = least <= value < below
     except TypeError:

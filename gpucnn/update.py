@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 # 1 / sqrt(1 - beta2^t), and only the kernel reads them.
 RATE, STEPS, SCALE, SKIP, CORRECTION1, CORRECTION2, NORM = range(7)
 
+UPDATES, SHARE = range(2)  # of an average, in doubles of the backend for the same reason
+
 LEAST_SCALE = 2.0**-126  # of a loss; float32 holds what it is and its inverse
 
 DESCENT, MOMENTUM, RMS_PROP, ADAM = range(4)  # as in kernels/optimizer.cu
@@ -60,6 +62,23 @@ class Update(NamedTuple):
         return self.clip_norm is not None or self.loss_scale is not None
 
 
+class Averaging(NamedTuple):
+    """average += share (theta - average), after a step of an optimiser that was not skipped.
+
+    share = 1 - decay; with warm_up 1 - min(decay, (1 + t) / (10 + t)) after t updates.
+
+    theta, average: arrays of one length and dtype, float32 or float64.
+    averaging: doubles, UPDATES and SHARE. control: of the step.
+    """
+
+    theta: Array
+    average: Array
+    averaging: Array
+    control: Array
+    decay: float
+    warm_up: bool
+
+
 def prepare(u: Update, sum_of_squares: float) -> None:
     """Write u.control and u.loss_scale for this step, as the kernel prepare_step does."""
     scale = 1.0 if u.loss_scale is None else float(u.loss_scale[0])
@@ -95,3 +114,23 @@ def apply(backend: Backend, u: Update) -> None:
             u.copy[part] = theta
 
     backend.for_each(change, backend.blocks(u.theta.size, 6 * u.theta.itemsize))
+
+
+def prepare_average(a: Averaging) -> None:
+    """Write a.averaging for this step, as the kernel prepare_average does."""
+    skip, t = float(a.control[SKIP]) != 0, float(a.averaging[UPDATES])
+    kept = min(a.decay, (1 + t) / (10 + t)) if a.warm_up else a.decay
+    a.averaging[:] = (t, 0) if skip else (t + 1, 1 - kept)
+
+
+def apply_average(backend: Backend, a: Averaging) -> None:
+    """Move the average as a.averaging says, in blocks shared out over the threads."""
+    share = float(a.averaging[SHARE])
+    if not share:
+        return
+
+    def move(part: slice) -> None:
+        average = a.average[part]
+        average += share * (a.theta[part] - average)
+
+    backend.for_each(move, backend.blocks(a.theta.size, 2 * a.theta.itemsize))

@@ -4,10 +4,14 @@
 //     copy (size,)              the new parameters once more, in 16 bits
 //     control (7,)              what changes from step to step, in the order below
 //     loss_scale (2,)           what g was multiplied with; good steps since it last changed
+//     average (size,)           the parameters' moving average, where one is kept
+//     averaging (2,)            how many updates it has had, and the share of the last one
 //
 // 1. sum_of_squares   only where gradients are clipped, or have a loss scale
 // 2. prepare_step     one block: by how much to scale g, whether to skip the step, its number
 // 3. update           all the parameters
+//
+// and for an average two more: prepare_average, by one thread, and update_average.
 //
 // The host waits for none of it, and passes nothing that changes from step to step: a captured
 // graph replays it. gpucnn/update.py does the same on the CPU.
@@ -152,5 +156,36 @@ extern "C" __global__ void update(
         if (m_or_null) write(m_or_null, i, count, m);
         if (s_or_null) write(s_or_null, i, count, s);
         if (copy_or_null) write(copy_or_null, i, count, t);
+    }
+}
+
+enum { UPDATES, SHARE };
+
+// The share that the parameters of this step have in their average: none where it was skipped. The
+// average forgets its beginning sooner where decay is held down by the number of updates.
+extern "C" __global__ void prepare_average(
+    double* __restrict__ averaging, const double* __restrict__ control, double decay, int warm_up)
+{
+    if (blockIdx.x > 0 || threadIdx.x > 0) return;
+    const bool skip = control[SKIP] != 0;
+    const double t = averaging[UPDATES];
+    const double kept = warm_up ? min(decay, (1 + t) / (10 + t)) : decay;
+    averaging[SHARE] = skip ? 0 : 1 - kept;
+    if (!skip) averaging[UPDATES] = t + 1;
+}
+
+// average += share (theta - average), VEC of them by one thread.
+extern "C" __global__ void update_average(
+    const accum_t* __restrict__ theta, accum_t* __restrict__ average,
+    const double* __restrict__ averaging, long long size)
+{
+    const accum_t share = (accum_t)averaging[SHARE];
+    if (share == 0) return;
+    GRID_STRIDE_LOOP(i, (index_t)((size + VEC - 1) / VEC)) {
+        const int count = left_of_group(i, size);
+        const Values t = read(theta, i, count);
+        Values a = read(average, i, count);
+        for (int v = 0; v < VEC; ++v) a.at[v] += share * (t.at[v] - a.at[v]);
+        write(average, i, count, a);
     }
 }

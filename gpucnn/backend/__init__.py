@@ -15,7 +15,7 @@ import numpy as np
 from gpucnn.augmentation import Augmentation
 from gpucnn.errors import BackendError
 from gpucnn.geometry import Window
-from gpucnn.update import Update
+from gpucnn.update import Averaging, Update
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 LEAKY_SLOPE = 0.01
@@ -325,6 +325,10 @@ class Backend(Protocol):
 
     def apply_update(self, u: Update) -> None:
         """One step of an optimiser; without effect where its loss is not finite."""
+
+    def apply_average(self, a: Averaging) -> None:
+        """Move an average of the parameters after such a step; without effect where that had none.
+        """
 
 
 def get_backend() -> Backend:

@@ -47,6 +47,8 @@ _over_rows = Kernel("softmax_cross_entropy.cu", "over_rows")
 _sum_of_squares = Kernel("optimizer.cu", "sum_of_squares")
 _prepare_step = Kernel("optimizer.cu", "prepare_step")
 _update = Kernel("optimizer.cu", "update")
+_prepare_average = Kernel("optimizer.cu", "prepare_average")
+_update_average = Kernel("optimizer.cu", "update_average")
 _record_step = Kernel("record_step.cu", "record_step")
 
 WARP = 32
@@ -362,6 +364,12 @@ class CupyBackend:
         _update(-(-u.theta.size // vec), *arrays, u.control, u.theta.size, u.decayed_size,
                 float(u.weight_decay), float(rule.beta1), float(rule.beta2), float(rule.epsilon),
                 int(rule.nesterov), vec=vec, RULE=rule.number)
+
+    def apply_average(self, a: update.Averaging) -> None:
+        _prepare_average.launch(1, 1, a.averaging, a.control, float(a.decay), int(a.warm_up))
+        vec = _wide(a.theta, a.average)
+        _update_average(-(-a.theta.size // vec), a.theta, a.average, a.averaging, a.theta.size,
+                        vec=vec)
 
 
 def _as_float32(a: Any) -> Any:

@@ -437,6 +437,10 @@ class NumpyBackend:
         update.prepare(u, float(self.sum_of_squares(u.g).sum()) if u.needs_norm else 0.0)
         update.apply(self, u)
 
+    def apply_average(self, a: update.Averaging) -> None:
+        update.prepare_average(a)
+        update.apply_average(self, a)
+
     def _sum_rows(self, matrix: np.ndarray) -> np.ndarray:
         def add(rows: slice, total: np.ndarray) -> None:
             total += sum_rows(np, matrix[rows])

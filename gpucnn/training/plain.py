@@ -13,6 +13,7 @@ from gpucnn.losses import SoftmaxCrossEntropy
 from gpucnn.numerics import blocks_of, for_blocks
 from gpucnn.ops import as_array, check_labels
 from gpucnn.optim import Optimizer
+from gpucnn.training.average import Average
 
 Loss = Callable[[Array, Array], tuple[Array, Array]]
 
@@ -32,7 +33,7 @@ def train_step(model: Layer, loss: Loss, optimizer: Optimizer, x: Any, t: Any
     """
     check_loss_scales(loss, optimizer)
     value, hits = gradients(model, loss, x, t)
-    update(optimizer, value)
+    update(optimizer, None, value)
     return float(value), int(hits)
 
 
@@ -68,10 +69,12 @@ def gradients(model: Layer, loss: Loss, x: Any, t: Any, micro_batches: int = 1
     return backend.xp.asarray(value), hits
 
 
-def update(optimizer: Optimizer, value: Array) -> None:
+def update(optimizer: Optimizer, average: Average | None, value: Array) -> None:
     """The step of the optimizer, after gradients() has given that loss."""
     with np.errstate(over="ignore", invalid="ignore"):
         optimizer.step(value)
+        if average is not None:
+            average.update(optimizer)
 
 
 def check_loss_scales(loss: Loss, optimizer: Optimizer) -> None:

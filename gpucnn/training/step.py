@@ -15,6 +15,7 @@ from gpucnn.layers import Layer
 from gpucnn.layers.base import argument_names
 from gpucnn.optim import Optimizer
 from gpucnn.schedules import Schedule
+from gpucnn.training.average import Average
 from gpucnn.training.plain import (
     Loss,
     check_loss_scales,
@@ -52,6 +53,7 @@ class TrainStep:
         follows: the step of the whole batch, up to rounding, in the memory of a part, the batch
         and one more array of gradients. But the statistics of a batch norm in training are those
         of a part, and a dropout draws, and counts, once a part: each has another mask.
+    average: of the parameters, brought up to date after each update.
 
     What cannot be captured (a loss or an optimizer of one's own that looks at values on the host)
     runs in plain calls: a RuntimeWarning says so once, and `not_captured` holds the reason.
@@ -61,25 +63,29 @@ class TrainStep:
     """
 
     def __init__(self, model: Layer, loss: Loss, optimizer: Optimizer, *, capture: bool = True,
-                 read_every: int = READ_EVERY, micro_batches: int = 1):
+                 read_every: int = READ_EVERY, micro_batches: int = 1,
+                 average: Average | None = None):
         for fits, wanted, got in (
                 (isinstance(model, Layer), "model must be a layers.Layer", model),
                 (callable(loss), "loss must be one of gpucnn.losses or a function", loss),
                 (isinstance(optimizer, Optimizer), "optimizer must be an optim.Optimizer",
-                 optimizer)):
+                 optimizer),
+                (isinstance(average, (Average, type(None))), "average must be a "
+                 "training.Average or None", average)):
             if not fits:
                 raise TypeError(f"TrainStep: {wanted}, got {got!r}")
         if not model.built:
             raise RuntimeError("TrainStep needs a built model; call model.build(input_shape)")
-        if optimizer.model is not model:
-            raise ValueError("TrainStep: the optimizer is that of another model")
+        for part, name in ((optimizer, "optimizer"), (average, "average")):
+            if part is not None and part.model is not model:
+                raise ValueError(f"TrainStep: the {name} is that of another model")
         if not isinstance(capture, bool):
             raise TypeError(f"TrainStep: capture must be True or False, got {capture!r}")
         for name, value in (("read_every", read_every), ("micro_batches", micro_batches)):
             if not is_int(value) or value < 1:
                 raise ValueError(f"TrainStep: {name} must be an int >= 1, got {value!r}")
         check_loss_scales(loss, optimizer)
-        self._model, self._loss, self._optimizer = model, loss, optimizer
+        self._model, self._loss, self._optimizer, self._average = model, loss, optimizer, average
         self.backend = model.backend
         self.capture = capture and self.backend.captures
         self.micro_batches = int(micro_batches)
@@ -182,14 +188,17 @@ class TrainStep:
             self._watched = list(self._settings())
 
         check_loss_scales(self._loss, self._optimizer)
+        if self._average is not None and self._average.is_applied:
+            raise RuntimeError("TrainStep: a step inside average.applied() would be undone when "
+                               "that block ends; end it first")
         self._log.turn_over()
 
-        model, loss, optimizer, log = self._model, self._loss, self._optimizer, self._log
-        micro_batches = self.micro_batches
+        model, loss, optimizer, average = self._model, self._loss, self._optimizer, self._average
+        log, micro_batches = self._log, self.micro_batches
 
         def work() -> None:  # without self: the graphs, which keep it, go with the last of self
             value, hits = gradients(model, loss, *batch(), micro_batches=micro_batches)
-            update(optimizer, value)
+            update(optimizer, average, value)
             log.record(value, hits)
 
         if not self.capture or self.not_captured:
@@ -223,7 +232,7 @@ class TrainStep:
 
     def _settings(self) -> Iterator[tuple[dict[str, Any], str]]:
         """The numbers and names that a graph holds and that can be changed between steps."""
-        parts = (self._loss, self._optimizer, self._optimizer.loss_scale)
+        parts = (self._loss, self._optimizer, self._optimizer.loss_scale, self._average)
         named = [(vars(p), list(vars(p))) for p in parts if hasattr(p, "__dict__")]
         named += [(vars(layer), argument_names(type(layer))) for layer in self._model.walk()]
         for settings, names in named:

@@ -101,6 +101,7 @@ INPUTS: dict[str, Draw] = {
     "moment": floats(flat),
     "squares": positive(flat),
     "control": lambda s, rng: np.array([RATE, *np.zeros(update.NORM)]),
+    "averaging": lambda s, rng: np.zeros(2),
     "bytes": lambda s, rng: rng.integers(0, 256, s.shape, np.uint8),
     "order": lambda s, rng: rng.permutation(s.n),
     "cursor": lambda s, rng: np.zeros(2, np.int64),
@@ -214,6 +215,11 @@ def first_adam(s: Setting, b: Backend, theta: Any, g: Any, m: Any, v: Any, contr
     return theta, m, v, theta
 
 
+def average(s: Setting, b: Backend, theta: Any, mean: Any, averaging: Any, control: Any) -> Any:
+    b.apply_average(update.Averaging(theta, mean, averaging, control, decay=0.9, warm_up=False))
+    return mean
+
+
 KERNELS = (
     MemoryKernel("im2col", "im2col.cu", "x", lambda s, b, x: b.im2col(x, s.conv)),
     MemoryKernel("col2im", "im2col.cu", "cols",
@@ -248,6 +254,7 @@ KERNELS = (
                  half=True),
     MemoryKernel("adam", "optimizer.cu", "theta gradient moment squares control", adam, first_adam,
                  half=True),
+    MemoryKernel("average", "optimizer.cu", "theta moment averaging control", average),
     MemoryKernel("sum_of_squares", "optimizer.cu", "gradient",
                  lambda s, b, g: b.sum_of_squares(g), parts=True),
     MemoryKernel("sum_splits", "sum_splits.cu", "slabs", sum_splits,
