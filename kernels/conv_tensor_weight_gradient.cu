@@ -32,7 +32,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_EACH) conv_tensor_w
     const int a_piece = threadIdx.x % A_COLUMNS, a_row = threadIdx.x / A_COLUMNS;
     const int term = own.first_term + a_piece * PIECE, channel = own.group * inputs + term % inputs;
     const int from_y = term / inputs / kw * dh - top, from_x = term / inputs % kw * dw - left;
-    Pixel pixel[A_COPIES];
+    Pixel pixel[A_COPIES], step;
+    step.set(TILE_K, oh, ow);
 #pragma unroll
     for (int i = 0; i < A_COPIES; ++i) pixel[i].set(start * TILE_K + a_row + i * A_ROWS, oh, ow);
 
@@ -53,7 +54,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_EACH) conv_tensor_w
             index_t place = ((pixel[i].image * h + iy) * w + ix) * c + channel;
             start_copy(a + column_offset<TILE_M>(a_row + i * A_ROWS, a_piece),
                        x + (seen ? place : 0), seen);
-            pixel[i].advance(TILE_K, oh, ow);
+            if (TILE_K >= 32) pixel[i].advance(step, oh, ow);
+            else pixel[i].advance(TILE_K, oh, ow);
         }
 #pragma unroll
         for (int i = 0; i < B_COPIES; ++i) {

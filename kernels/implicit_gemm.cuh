@@ -205,6 +205,17 @@ struct Pixel {
             }
         }
     }
+    // The same without a loop, whose turns follow one another and are many where a stage is longer
+    // than a row; at the price of registers. step: so many pixels, as set() divides them.
+    __device__ void advance(const Pixel& step, int oh, int ow) {
+        x += step.x;
+        const bool row = x >= ow;
+        x -= row ? ow : 0;
+        y += step.y + row;
+        const bool next = y >= oh;
+        y -= next ? oh : 0;
+        image += step.image + next;
+    }
 };
 
 // What one block computes: a tile of dw of one group, summed over one of the splits of m. Outputs

@@ -5,8 +5,8 @@
     memory     each kernel that is bound by memory, in float32 and float16: its share of a copy's
                bandwidth
     conv       each convolution of the article's network, airbench94, ResNet-18 and
-               ResNet-50, forward and both gradients, in float16, then TF32, float32 and bfloat16:
-               beside cuDNN through torch; then its best tile, wgmma's among them
+               ResNet-50, forward and both gradients, beside cuDNN through torch, in float16,
+               TF32 and float32; then its best tile, wgmma's among them; then in bfloat16
     training   an epoch of the article's network, twice: the same bits?
     tests      the whole test suite on the GPU
     sanitizer  compute-sanitizer over a small step, where it is installed; --sanitize prints its
@@ -148,6 +148,7 @@ def run_section(name: str, section: Section, context: Context, results: Report, 
         if share * context.budget.seconds - context.budget.used < job.seconds:
             results.skip(name, job)
             continue
+        began = context.budget.used
         row = run_job(job, context)
         if row is None:
             results.skip(name, job)
@@ -155,7 +156,7 @@ def run_section(name: str, section: Section, context: Context, results: Report, 
         if row.get("group", group) != group:
             group = row["group"]
             print(f"-- {group}")
-        results.add(name, row)
+        results.add(name, row | {"seconds": context.budget.used - began})
         print(report.line(row), flush=True)
         if not row["passed"] and row.get("output"):
             print(row["output"])

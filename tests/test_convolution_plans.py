@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gpucnn import models, ops
-from gpucnn.backend import ALGORITHMS
+from gpucnn.backend import ALGORITHMS, tile_costs
 from gpucnn.geometry import make_window
 from gpucnn.layers import Conv2D, Dense, Flatten, Residual, Sequential
 from tests import variants
@@ -56,6 +56,16 @@ def test_direct_where_an_output_depends_on_little(no_gpu, c, c_out, groups, forw
     else:
         with pytest.raises(ValueError, match=f"^no direct convolution of {c} channels to {c_out}"):
             cuda.forward_plan(p, "direct", H100)
+
+
+def test_many_filters_in_16_bits_are_not_direct(no_gpu):
+    for c, c_out, groups, dtype, algorithm in (
+            (3, 23, 1, np.float16, "direct"), (3, 24, 1, np.float16, "implicit_gemm"),
+            (3, 24, 1, np.float32, "direct"), (64, 64, 64, np.float16, "direct")):
+        p = problem(8, 14, c, c_out, groups, dtype=dtype)
+        assert cuda.forward_plan(p, "auto", H100).algorithm == algorithm
+        assert cuda.forward_plan(p, "direct", H100).algorithm == "direct"
+        assert cuda.weight_gradient_plan(p, "auto", H100).algorithm == "direct"
 
 
 def test_a_direct_weight_gradient_has_few_terms(no_gpu):
@@ -113,34 +123,74 @@ def products_of(p):
             (taps * inputs, outputs, pixels, p.groups, taps * inputs * p.c_out))
 
 
-def time_of(p, tile, splits, product, processors):
-    """The estimate of the rule: waves of blocks, and the traffic of what is split."""
+def time_of(p, tile, cost, splits, product, processors):
+    """The estimate of the rule, for the processor with most to do; and the traffic of what is
+    split."""
     rows, columns, terms, products, size = product
-    at_once = cuda.BLOCKS_EACH * processors
     blocks = max(1, -(-rows // tile.m) * -(-columns // tile.n) * products) * splits
-    moved = (2 * splits + 1) * size / at_once if splits > 1 else 0
-    return (-(-blocks // at_once) * tile.m * tile.n * -(-terms // splits) / tile.speed
-            + moved * (300 if p.tensor else 40))
+    full, rest = divmod(-(-blocks // processors), cost.resident)
+    rounds = full + (max(rest / cost.resident, cost.alone) if rest else 0)
+    each = tile.m * tile.n * (cost.product * -(-terms // splits) + cost.block)
+    moved = (2 * splits + 1) * size / processors if splits > 1 else 0
+    return rounds * cost.resident * each + moved * (300 if p.tensor else 40)
 
 
+TENSOR = [problem(n, size, c, c_out, 1, kernel, stride, np.float16, tensor=True)
+          for n in (1, 4, 64) for size in (4, 14, 28) for c, c_out in ((16, 256), (512, 256))
+          for kernel, stride in ((1, 1), (1, 2), (3, 1), (3, 2))]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("processors", [1, 20, H100])
-def test_no_other_tile_would_take_less_time(no_gpu, monkeypatch, processors):
-    monkeypatch.setattr(cuda, "capability", lambda: 80)
-    tensor = [problem(n, size, c, c_out, 1, kernel, stride, np.float16, tensor=True)
-              for n in (1, 4, 64) for size in (4, 14, 28) for c, c_out in ((16, 256), (512, 256))
-              for kernel, stride in ((1, 1), (1, 2), (3, 1), (3, 2))]
-    assert all(p.tensor for p in tensor)
-    for p in SHAPES + tensor:
-        for make, product in zip(PLANS, products_of(p)):
+def test_no_other_tile_would_take_less_time(no_gpu, monkeypatch, processors, capability):
+    monkeypatch.setattr(cuda, "capability", lambda: capability)
+    assert all(p.tensor for p in TENSOR)
+    for p in TENSOR if capability == 90 else SHAPES + TENSOR:
+        for number, (make, product) in enumerate(zip(PLANS, products_of(p))):
             plan = make(p, "implicit_gemm", processors)
-            rows, columns, terms, products, _ = product
-            for tile in cuda.TENSOR_TILES if p.tensor else cuda.TILES:
-                blocks = max(1, -(-rows // tile.m) * -(-columns // tile.n) * products)
-                splits = max(1, min(-(-cuda.BLOCKS_EACH * processors // blocks),
-                                    terms // cuda.TERMS_A_SPLIT, cuda.MAX_SPLITS))
-                time = time_of(p, tile, splits, product, processors)
-                assert time_of(p, plan.tile, plan.splits, product, processors) <= time, (p, tile)
-                assert plan.splits == splits or plan.tile != tile, p
+            tiles = cuda.possible_tiles(p, number == 2)
+            least = time_of(p, plan.tile, tiles[plan.tile], plan.splits, product, processors)
+            for tile, cost in tiles.items():
+                for splits in possible_splits(tile, cost, product, processors):
+                    time = time_of(p, tile, cost, splits, product, processors)
+                    assert least <= time * (1 + 1e-9), (p, tile, splits)
+            assert plan.splits in possible_splits(plan.tile, tiles[plan.tile], product, processors)
+
+
+def possible_splits(tile, cost, product, processors):
+    """Those with which all blocks run at a time, or none is idle, if the sum is long enough."""
+    rows, columns, terms, products, _ = product
+    blocks = max(1, -(-rows // tile.m) * -(-columns // tile.n) * products)
+    most = min(terms // cuda.TERMS_A_SPLIT, cuda.MAX_SPLITS)
+    return {max(1, min(wanted, most)) for wanted in (
+        cost.resident * processors // blocks, -(-cost.resident * processors // blocks))}
+
+
+def test_one_block_too_many_for_a_round_is_seen(no_gpu, monkeypatch):
+    """9 x 2 tiles of 256 x 128 in 7 parts are 126 blocks for 132 processors, in 8 parts 144."""
+    monkeypatch.setattr(cuda, "capability", lambda: 90)
+    p = problem(1024, 7, 256, 256, dtype=np.float16, tensor=True)
+    plan = cuda.weight_gradient_plan(p, "auto", H100)
+    assert plan.blocks(9 * 256, 256) <= H100 if plan.tile.wgmma else 2 * H100
+    assert plan.splits == 7
+
+
+@pytest.mark.parametrize(("n", "size", "c", "c_out", "kernel", "stride", "wgmma"), [
+    (1024, 7, 256, 256, 3, 1, True), (512, 16, 128, 128, 3, 1, True),
+    (512, 8, 256, 512, 3, 2, True), (512, 4, 512, 512, 3, 1, True),
+    (256, 28, 512, 1024, 1, 2, True), (256, 28, 32, 32, 3, 1, False),
+    (256, 14, 64, 64, 3, 1, False), (256, 56, 64, 256, 1, 1, False),
+    (256, 56, 256, 128, 1, 1, False)])
+def test_wgmma_where_it_was_measured_to_be_faster(no_gpu, monkeypatch, n, size, c, c_out, kernel,
+                                                  stride, wgmma):
+    """Of y and dx: where sums are long and channels many, if the GPU has it."""
+    p = problem(n, size, c, c_out, 1, kernel, stride, np.float16, tensor=True)
+    for capability in (80, 90, 100):
+        monkeypatch.setattr(cuda, "capability", lambda capability=capability: capability)
+        for make in PLANS[:2]:
+            tile = make(p, "auto", H100).tile
+            assert tile.wgmma == (wgmma and capability == 90), (capability, tile)
+            assert not tile.wgmma or (tile.m, tile.n) == (256, 128)
 
 
 def test_which_tiles_a_gpu_has(monkeypatch):
@@ -148,13 +198,23 @@ def test_which_tiles_a_gpu_has(monkeypatch):
     short, tf32 = (problem(1, 8, 16, 16, dtype=d, tensor=True) for d in (np.float16, np.float32))
     for capability, hopper in ((80, False), (89, False), (90, True), (100, False), (120, False)):
         monkeypatch.setattr(cuda, "capability", lambda capability=capability: capability)
-        assert cuda.possible_tiles(short) == \
-            cuda.TENSOR_TILES + (cuda.WGMMA_TILES if hopper else ())
-        assert cuda.possible_tiles(short, wgmma=False) == cuda.TENSOR_TILES
-        assert cuda.possible_tiles(tf32) == cuda.TENSOR_TILES
-        assert cuda.possible_tiles(problem(1, 8, 16, 16)) == cuda.TILES
+        for weight_gradient in (False, True):
+            assert tuple(cuda.possible_tiles(short, weight_gradient)) == \
+                cuda.TENSOR_TILES + (cuda.WGMMA_TILES if hopper else ())
+        assert tuple(cuda.possible_tiles(tf32)) == cuda.TENSOR_TILES
+        assert tuple(cuda.possible_tiles(problem(1, 8, 16, 16))) == cuda.TILES
     double = problem(1, 8, 16, 16, dtype=np.float64, tensor=True)
     assert not double.tensor
+
+
+def test_every_tile_has_a_measured_cost():
+    tiles = cuda.TENSOR_TILES + cuda.WGMMA_TILES
+    for costs in (tile_costs.MEASURED, tile_costs.MEASURED_WEIGHT_GRADIENT):
+        assert len(costs) == len(tiles)
+        for tile, cost in zip(tiles, costs):
+            shared = tile.shared(2, costs is tile_costs.MEASURED_WEIGHT_GRADIENT) + 1024
+            assert cost.resident * shared <= 228 << 10  # KiB of a multiprocessor
+            assert cost.resident * tile.threads <= 2048
 
 
 def test_a_sum_in_splits_leaves_no_moments(cupy_backend):

@@ -15,7 +15,6 @@ from scripts.gpu import benchmark, cudnn, limits, memory, nets, report, step
 from scripts.gpu.context import MODES, Context
 from scripts.gpu.measure import Budget, Clock, relative_error, run_twice
 from tests.conftest import SIMULATOR_WORKS, needs_compiler, needs_simulator
-from tests.convolution_judge import launches
 from tests.gpusim.mutation import mutated
 from tests.test_scripts import error_of, run
 
@@ -111,7 +110,7 @@ def test_every_pass_stands_beside_cudnn_and_has_a_best_tile(checked):
 
 
 def test_wgmma_is_tried_beside_the_other_tiles(checked):
-    """On tensor cores, where channels fill 16 bytes; and the summary says what to make of it."""
+    """On tensor cores, where channels fill 16 bytes."""
     conv = json.loads(checked[0].read_text())["conv"]
     tiles = [row for row in conv["rows"] if (row["mode"], row.get("kind")) == ("float16", "tiles")]
     tried = [{(*plan["tile"], plan["wgmma"]) for plan in row["plans"] if plan["tile"]}
@@ -121,26 +120,30 @@ def test_wgmma_is_tried_beside_the_other_tiles(checked):
     assert tried == [{(*t, False) for t in ordinary} | {(*t, True) for t in wide}] * 3
     for row in tiles:
         assert row["shape"][3] == 8 or not any(plan["wgmma"] for plan in row["plans"])
-    summary = conv["summary"]["article float16"]
-    assert summary["wgmma_shapes"] == 3
-    assert any(text.startswith("other tiles / wgmma ") for text in summary["text"])
-    assert "wgmma_shapes" not in conv["summary"]["article float32"]
 
 
-@pytest.mark.parametrize(("times", "advice"), [
-    ((2.0, 1.0), "wgmma would have been FASTER; change: AUTO_WGMMA = True"),
-    ((1.0, 2.0), "wgmma would have been slower; leave AUTO_WGMMA = False")])
-def test_the_report_says_which_line_wgmma_wants(times, advice):
+def test_the_summary_says_how_often_wgmma_is_the_best():
     from scripts.gpu import convolutions
 
-    plans = [{"wgmma": wgmma, "microseconds": t} for t, wgmma in zip(times, (False, True))]
-    row = {"net": "n", "mode": "float16", "kind": "tiles", "ratio": 1.0, "plans": plans}
-    direct = row | {"plans": plans[:1]}
-    summary = convolutions.summary([row, row, direct])["n float16"]
-    assert summary["wgmma_shapes"] == 2
-    assert summary["other_to_wgmma"] == pytest.approx(times[0] / times[1])
-    assert advice in summary["text"][-1]
-    assert hasattr(launches(), "AUTO_WGMMA")
+    row = {"net": "n", "mode": "float16", "kind": "tiles", "ratio": 1.0}
+    here, there = "implicit_gemm 64x64 on tensor cores", "implicit_gemm 256x128 by wgmma / 2"
+    rows = [row | {"best": best, "auto": auto} for best, auto in (
+        (here, there), (there, here), (there, there), ("direct", "direct"), (there, here))]
+    summary = convolutions.summary(rows)["n float16"]
+    assert summary["text"][-1] == "wgmma is the best of 3, and auto's choice of 2"
+    assert "wgmma_best" not in convolutions.summary(rows[3:4])["n float16"]
+
+
+def test_all_comparisons_come_before_tiles(context):
+    """Except that bfloat16 waits for both."""
+    from scripts.gpu import convolutions
+
+    context.nets = ["article", "resnet18"]
+    groups = dict.fromkeys(job.group for job in convolutions.jobs(context))
+    assert list(groups) == [
+        f"{what}, {net} {mode}" for modes in (["float16", "tf32", "float32"], ["bfloat16"])
+        for what in ("beside cuDNN", "best tile") for mode in modes
+        for net in ("article", "resnet18")]
 
 
 def test_the_table_fits_100_columns(checked):

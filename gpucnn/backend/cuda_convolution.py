@@ -14,11 +14,14 @@ import cupy
 import numpy as np
 
 from gpucnn import activations
-from gpucnn.backend import LEAKY_SLOPE
+from gpucnn.backend import LEAKY_SLOPE, tile_costs
 from gpucnn.backend.cuda_kernel import Kernel, accumulator
+from gpucnn.backend.tile_costs import Cost
 from gpucnn.geometry import Window
 
 DIRECT_INPUTS = 4      # a direct kernel reads at most so many channels a group
+# In 16 bits tiles were 1.2, 1.5 and 2.7 times as fast on an H100 with 24, 32 and 64 filters.
+DIRECT_FILTERS_16_BITS = 23
 DIRECT_THREADS = ROW_THREADS = 256  # in a block, as conv_direct.cu and activation.cu say
 ROWS_A_LANE = 16       # at least, that a thread of activation.cu adds
 DIRECT_TERMS = 9       # terms of the weight gradient that a thread keeps in registers
@@ -28,8 +31,6 @@ TERMS_A_SPLIT = 256    # at least: a block must have something to do before it w
 BLOCKS_EACH = 2        # blocks that a multiprocessor runs at a time
 TERM_BYTES = 64        # of k that a tile of tensor_tile.cuh is long
 WGMMA_ALIGNMENT = 1024  # bytes, of wgmma_tile.cuh's tiles
-# Products that a GPU does in the time in which it moves 4 bytes, without and with tensor cores.
-PRODUCTS_A_WORD, TENSOR_PRODUCTS_A_WORD = 40, 300
 
 
 class Tile(NamedTuple):
@@ -38,7 +39,8 @@ class Tile(NamedTuple):
     part_m, part_n: the sums of a thread, or with `stages` those of a warp on tensor cores, with
         wgmma those of a warpgroup.
     stages: how many tiles of the factors are in shared memory at a time; 0 without tensor cores.
-    speed: its share of the largest tile's products per second, while it is full.
+    speed: an estimate of its share of the largest tile's products per second, while it is full;
+        for where tile_costs.py has no measured ones.
     """
 
     m: int
@@ -80,10 +82,9 @@ TILES = (Tile(128, 128, 8, 8, 1.0), Tile(128, 64, 8, 8, 0.9), Tile(64, 64, 8, 8,
 TENSOR_TILES = (Tile(128, 128, 64, 32, 1.0, 4), Tile(128, 64, 64, 32, 0.9, 4),
                 Tile(64, 64, 32, 32, 0.7, 4), Tile(128, 32, 32, 32, 0.6, 4),
                 Tile(32, 32, 16, 16, 0.3, 3))
-# For 16-bit elements on sm_90.
+# For 16-bit elements on sm_90, for which tile_costs.py has measured costs.
 WGMMA_TILES = (Tile(128, 128, 128, 128, 1.0, 4, True), Tile(256, 128, 128, 128, 1.0, 4, True),
                Tile(128, 64, 128, 64, 0.9, 4, True))
-AUTO_WGMMA = False  # whether `auto` may choose those: gpu_check.py measures whether it should
 
 
 class Plan(NamedTuple):
@@ -171,27 +172,30 @@ class Problem(NamedTuple):
                 v.left, v.dh, v.dw)
 
 
-def forward_plan(p: Problem, algorithm: str = "auto", processors: int | None = None) -> Plan:
-    """How y is computed. processors: the multiprocessors of the GPU, by default this one's.
+def forward_plan(p: Problem, algorithm: str = "auto", processors: int | None = None,
+                 tile: Tile | None = None) -> Plan:
+    """How y is computed. processors: the multiprocessors of the GPU, by default this one's; tile:
+    the only one that implicit_gemm may choose.
 
-    `auto` is direct where there is a kernel for it (Problem.direct), else implicit_gemm. Raises
-    ValueError for `direct` where there is none.
+    `auto` is direct where there is a kernel for it (Problem.direct), but not for many filters in
+    16 bits, else implicit_gemm. Raises ValueError for `direct` where there is none.
     """
     if algorithm == "direct" and not p.direct:
         in_groups = f" in {p.groups} groups" if p.groups > 1 else ""
         raise ValueError(
             f"no direct convolution of {p.c} channels to {p.c_out}{in_groups}: it takes at most "
             f"{DIRECT_INPUTS} channels, or a group for each; choose 'auto' or 'implicit_gemm'")
-    if algorithm == "direct" or (algorithm == "auto" and p.direct):
+    few = p.depthwise or p.dtype.itemsize > 2 or p.c_out <= DIRECT_FILTERS_16_BITS
+    if algorithm == "direct" or (algorithm == "auto" and p.direct and few):
         return Plan("direct")
     if algorithm == "im2col":
         return Plan("im2col")
     return _gemm_plan(p, p.n * p.oh * p.ow, p.c_out // p.groups, p.window.places * p.inputs,
-                      p.groups, p.n * p.oh * p.ow * p.c_out, processors)
+                      p.groups, p.n * p.oh * p.ow * p.c_out, processors, tile)
 
 
-def input_gradient_plan(p: Problem, algorithm: str = "auto", processors: int | None = None
-                        ) -> Plan:
+def input_gradient_plan(p: Problem, algorithm: str = "auto", processors: int | None = None,
+                        tile: Tile | None = None) -> Plan:
     """How dx is computed: `direct` and `auto` are direct where the convolution is depthwise."""
     if p.depthwise and algorithm in ("direct", "auto"):
         return Plan("direct")
@@ -200,11 +204,11 @@ def input_gradient_plan(p: Problem, algorithm: str = "auto", processors: int | N
     phases, rows = p.gradient_phases
     terms = -(-p.window.places // phases) * (p.c_out // p.groups)
     return _gemm_plan(p, rows, p.inputs, terms, p.groups * phases, p.n * p.h * p.w * p.c,
-                      processors)
+                      processors, tile)
 
 
-def weight_gradient_plan(p: Problem, algorithm: str = "auto", processors: int | None = None
-                         ) -> Plan:
+def weight_gradient_plan(p: Problem, algorithm: str = "auto", processors: int | None = None,
+                         tile: Tile | None = None) -> Plan:
     """How dw is computed. `auto` is direct where that is possible and dw has few rows."""
     terms = p.window.places * p.inputs
     pixels, size = p.n * p.oh * p.ow, terms * p.c_out
@@ -214,40 +218,45 @@ def weight_gradient_plan(p: Problem, algorithm: str = "auto", processors: int | 
         return Plan("direct", None, splits, _slabs(size, splits, p.dtype))
     if algorithm == "im2col":
         return Plan("im2col")
-    return _gemm_plan(p, terms, p.c_out // p.groups, pixels, p.groups, size, processors)
+    return _gemm_plan(p, terms, p.c_out // p.groups, pixels, p.groups, size, processors, tile,
+                      weight_gradient=True)
 
 
-def possible_tiles(p: Problem, wgmma: bool = True) -> tuple[Tile, ...]:
-    """Those in which this GPU can compute the products. wgmma: whether to list WGMMA_TILES too."""
-    if not p.tensor:
-        return TILES
-    wgmma = wgmma and p.dtype.itemsize == 2 and capability() == 90
-    return TENSOR_TILES + (WGMMA_TILES if wgmma else ())
+def possible_tiles(p: Problem, weight_gradient: bool = False) -> dict[Tile, Cost]:
+    """Those in which this GPU can compute the products, and what a block of each costs."""
+    if p.tensor and p.dtype.itemsize == 2 and capability() == 90:
+        return dict(zip(TENSOR_TILES + WGMMA_TILES, tile_costs.MEASURED_WEIGHT_GRADIENT
+                        if weight_gradient else tile_costs.MEASURED))
+    return {tile: tile_costs.estimated(tile.speed) for tile in
+            (TENSOR_TILES if p.tensor else TILES)}
 
 
 def _gemm_plan(p: Problem, rows: int, columns: int, terms: int, products: int, size: int,
-               processors: int | None) -> Plan:
+               processors: int | None, only: Tile | None, weight_gradient: bool = False) -> Plan:
     """The tile and the splits of `products` products (rows x terms) (terms x columns).
 
-    Those that take the shortest time by this estimate, in products per processor:
+    Those that take the shortest time by the estimate of tile_costs.py, in products of a processor,
+    and where the sum is split, what writing and reading `size` partial sums takes.
 
-        waves of blocks * the products of a block / the tile's speed
-        + where the sum is split, what writing and reading `size` partial sums takes.
-
-    A sum is split until each processor has BLOCKS_EACH blocks, if it is long enough for that.
+    A sum is split until all processors are full, if it is long enough for that: once so far that
+    all blocks run at a time, and once further, by the least that leaves none idle.
     """
-    at_once = BLOCKS_EACH * (processors or _processors())
-    a_word = TENSOR_PRODUCTS_A_WORD if p.tensor else PRODUCTS_A_WORD
+    processors = processors or _processors()
+    a_word = (tile_costs.TENSOR_PRODUCTS_A_WORD if p.tensor else tile_costs.PRODUCTS_A_WORD)
     best, least = None, math.inf
-    for tile in possible_tiles(p, AUTO_WGMMA):
+    for tile, cost in possible_tiles(p, weight_gradient).items():
+        if tile != (only or tile):
+            continue
         blocks = max(1, -(-rows // tile.m) * -(-columns // tile.n) * products)
-        splits = max(1, min(-(-at_once // blocks), terms // TERMS_A_SPLIT, MAX_SPLITS))
-        waves = -(-blocks * splits // at_once)
-        time = waves * tile.m * tile.n * -(-terms // splits) / tile.speed
-        if splits > 1:
-            time += a_word * (2 * splits + 1) * size / at_once
-        if time < least:
-            best, least = (tile, splits), time
+        at_once = cost.resident * processors
+        for wanted in (at_once // blocks, -(-at_once // blocks)):
+            splits = max(1, min(wanted, terms // TERMS_A_SPLIT, MAX_SPLITS))
+            time = tile_costs.time_of(cost, tile.m, tile.n, -(-terms // splits), blocks * splits,
+                                      processors)
+            if splits > 1:
+                time += a_word * (2 * splits + 1) * size / processors
+            if time < least:
+                best, least = (tile, splits), time
     assert best is not None
     tile, splits = best
     return Plan("implicit_gemm", tile, splits, _slabs(size, splits, p.dtype))
