@@ -68,6 +68,12 @@ def parser() -> TrainParser:
                        help="share of each label given to all classes (default: %(default)s)")
     group.add_argument("--clip-norm", type=cli.positive_float, metavar="NORM",
                        help="scale gradients down to this joint norm (default: do not)")
+    group.add_argument("--ema", type=cli.share, metavar="DECAY",
+                       help="average the weights over the steps, with this decay, and test and "
+                            "keep the average; 0.999 for example (default: do not)")
+    group.add_argument("--accumulate", type=cli.positive_int, default=1, metavar="N",
+                       help="make one update from the gradients of N batches, one after the other "
+                            "(default: %(default)s)")
     group.add_argument("--patience", type=cli.positive_int, metavar="EPOCHS",
                        help="stop when the validation loss has not got better for so many epochs, "
                             "and keep the model of the best one; needs --validation (default: "

@@ -24,7 +24,7 @@ from gpucnn.files import one_line, write_atomically
 from gpucnn.layers import Whiten2D
 from gpucnn.machine import git_commit
 from gpucnn.models import MODELS, load_model, save_model
-from gpucnn.training import TrainStep, evaluate
+from gpucnn.training import Average, TrainStep, evaluate
 from gpucnn.training.checkpoints import Checkpoint, Checkpoints
 from gpucnn.training.loop import EpochRecord, StepRecord, Stopped, Training
 from gpucnn.training.resume import check_resumable, environment, fingerprint
@@ -99,10 +99,12 @@ class Run:
         optimizer = optim.BY_NAME[arguments.optimizer](
             model, clip_norm=arguments.clip_norm, loss_scale=scale, **options)
         self.rate = optimizer.learning_rate
-        self.steps = TrainStep(model, loss, optimizer, capture=not arguments.eager)
-        loader = Loader(train_set, arguments.batch_size, seed=arguments.seed, dtype=model.dtype,
-                        augmentation=Augmentation(crop=arguments.crop, flip=arguments.flip,
-                                                  cutout=arguments.cutout))
+        average = None if arguments.ema is None else Average(model, arguments.ema)
+        self.steps = TrainStep(model, loss, optimizer, capture=not arguments.eager,
+                               micro_batches=arguments.accumulate, average=average)
+        loader = Loader(train_set, arguments.batch_size * arguments.accumulate,
+                        seed=arguments.seed, dtype=model.dtype, augmentation=Augmentation(
+                            crop=arguments.crop, flip=arguments.flip, cutout=arguments.cutout))
         schedule = schedules.BY_NAME[arguments.schedule](self.rate, arguments.epochs * len(loader))
         if arguments.warm_up:
             schedule = schedules.warm_up(schedule, max(1, round(arguments.warm_up * len(loader))))
@@ -114,7 +116,7 @@ class Run:
         return Training(model, optimizer, self.steps, loader, arguments.epochs, schedule=schedule,
                         validation=Loader(validation_set or self.test_set, EVALUATION_BATCH,
                                           dtype=model.dtype),
-                        patience=arguments.patience)
+                        patience=arguments.patience, average=average)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         training = self.training
@@ -168,8 +170,9 @@ class Run:
         print(str(record).replace("validation", self.looked_at), flush=True)
 
     def _save_model(self) -> None:
-        save_model(self.training.model, self.folder / cli.MODEL_FILE,
-                   class_names=self.train_set.class_names, trained_on=self.train_set.name)
+        with self.training.averaged():
+            save_model(self.training.model, self.folder / cli.MODEL_FILE,
+                       class_names=self.train_set.class_names, trained_on=self.train_set.name)
 
     def _save(self) -> None:
         """A checkpoint. Training goes on without it, where there is no room for example."""

@@ -80,6 +80,24 @@ def test_patience_gives_the_best_epoch_back(backend):
     assert weights(model) == kept[best] != kept[-1]
 
 
+@pytest.mark.parametrize("patience", [None, 2])
+def test_an_average_of_the_parameters_is_what_it_ends_with(backend, patience):
+    plain, averaged, kept = net(), net(), []
+
+    def look(record):
+        kept.append(losses.SoftmaxCrossEntropy()(averaged.forward(x), t)[0])
+
+    x, t = next(Loader(DATA, 20).epoch())
+    history = gpucnn.fit(averaged, DATA, epochs=4, average=0.9, validation=DATA, seed=1,
+                         learning_rate=0.05, patience=patience, on_epoch=look)
+    gpucnn.fit(plain, DATA, epochs=4, seed=1, learning_rate=0.05)
+    assert weights(averaged) != weights(plain)
+    loss, _ = losses.SoftmaxCrossEntropy()(averaged.forward(x), t)
+    expected = history["validation_loss"]
+    assert float(loss) == pytest.approx(min(expected) if patience else expected[-1], rel=1e-5)
+    assert float(kept[-1]) != pytest.approx(float(loss), rel=1e-5)  # training goes on without it
+
+
 def test_an_optimizer_of_ones_own(backend):
     model, made = net(), []
 

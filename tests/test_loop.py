@@ -8,7 +8,7 @@ from gpucnn import losses, optim, schedules
 from gpucnn.data import Augmentation, Dataset, Loader
 from gpucnn.errors import TrainingError
 from gpucnn.layers import BatchNorm, Conv2D, Dense, Dropout, Flatten, Sequential
-from gpucnn.training import Stopped, Training, TrainStep
+from gpucnn.training import Average, Stopped, Training, TrainStep
 
 EPOCHS, BATCH = 3, 4
 RNG = np.random.default_rng(0)
@@ -24,9 +24,11 @@ def training(precision="float32", optimizer=optim.Adam, rate=0.01, **options):
     model.build((5, 4, 2), seed=1, precision=precision)
     scale = optim.LossScale(model) if precision == "mixed_float16" else None
     chosen = optimizer(model, rate, loss_scale=scale)
-    step = TrainStep(model, losses.SoftmaxCrossEntropy(loss_scale=scale), chosen, read_every=2)
+    average = Average(model, 0.9)
+    step = TrainStep(model, losses.SoftmaxCrossEntropy(loss_scale=scale), chosen, read_every=2,
+                     average=average)
     loader = Loader(IMAGES, BATCH, seed=2, augmentation=Augmentation(flip=True), dtype=model.dtype)
-    settings = {"validation": Loader(HELD_OUT, 4, dtype=model.dtype),
+    settings = {"average": average, "validation": Loader(HELD_OUT, 4, dtype=model.dtype),
                 "schedule": schedules.one_cycle(rate, EPOCHS * len(loader)), **options}
     return Training(model, chosen, step, loader, settings.pop("epochs", EPOCHS), **settings)
 
@@ -154,5 +156,7 @@ def test_the_state_of_another_run_is_refused():
     changed = {k: v for k, v in arrays.items() if k != "model/dense1/b"}
     with pytest.raises(ValueError, match="the model has other arrays: dense1/b"):
         other.restore(changed | {"model/dense1/c": arrays["model/dense1/b"]}, numbers)
+    with pytest.raises(ValueError, match="with an average of the weights, or without one"):
+        training(average=None).restore(arrays, numbers)
     with pytest.raises(ValueError, match="the state of this Momentum is"):
         training(optimizer=optim.Momentum).restore(arrays, numbers)

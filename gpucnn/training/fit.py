@@ -15,6 +15,7 @@ from gpucnn.layers import Layer
 from gpucnn.losses import SoftmaxCrossEntropy
 from gpucnn.optim import BY_NAME, LossScale, Optimizer
 from gpucnn.schedules import Schedule
+from gpucnn.training.average import Average
 from gpucnn.training.loop import EpochRecord, StepRecord, Training
 from gpucnn.training.step import TrainStep
 
@@ -27,7 +28,8 @@ def fit(model: Layer, data: Any, *, epochs: int = 10, batch_size: int = 64,
         optimizer: str | Callable[[Layer], Optimizer] = "adam",
         learning_rate: float | None = None, schedule: str | Schedule = "constant",
         loss: Callable | None = None, validation: Any = None, patience: int | None = None,
-        augmentation: Augmentation | None = None, precision: str | None = None, seed: int = 0,
+        average: float | None = None, augmentation: Augmentation | None = None,
+        precision: str | None = None, seed: int = 0,
         on_step: StepCallback | Iterable[StepCallback] = (),
         on_epoch: EpochCallback | Iterable[EpochCallback] = (),
         capture: bool = True) -> dict[str, list]:
@@ -46,6 +48,7 @@ def fit(model: Layer, data: Any, *, epochs: int = 10, batch_size: int = 64,
     validation: data that is looked at after each epoch, with labels, in the form of `data`.
     patience: stop when the validation loss has not got better in so many epochs; the model then
         has the parameters of the best one.
+    average: the decay of an Average of the parameters, which the model then ends with.
     augmentation: of uint8 images.
     precision: to build the model in (None: float32); a built one has its own.
     seed: of the initial parameters, the order of the images, the augmentation and dropout.
@@ -78,43 +81,48 @@ def fit(model: Layer, data: Any, *, epochs: int = 10, batch_size: int = 64,
         scale = chosen.loss_scale
     if isinstance(schedule, str):
         schedule = schedules.BY_NAME[schedule](chosen.learning_rate, epochs * len(loader))
-    step = TrainStep(model, loss or SoftmaxCrossEntropy(loss_scale=scale), chosen, capture=capture)
+    averages = None if average is None else Average(model, average)
+    step = TrainStep(model, loss or SoftmaxCrossEntropy(loss_scale=scale), chosen, capture=capture,
+                     average=averages)
     training = Training(
-        model, chosen, step, loader, epochs, schedule=schedule, patience=patience,
+        model, chosen, step, loader, epochs, schedule=schedule, patience=patience, average=averages,
         validation=None if validation is None else
         _loader(validation, EVALUATION_BATCH, None, model.dtype, None))
-    best = _Best(model) if patience else None
+    final = _Kept(model)
     after_step, after_epoch = _functions("on_step", on_step), _functions("on_epoch", on_epoch)
 
     def end_epoch(record: EpochRecord) -> bool:
-        if best and record.best:
-            best.keep()
+        if patience and record.best:
+            with training.averaged():
+                final.keep()
         answers = [f(record) for f in after_epoch]  # all are called
         return any(answer is True for answer in answers)
 
     training.run(on_step=lambda record: [f(record) for f in after_step], on_epoch=end_epoch)
-    if best:
-        best.restore()
+    if average is not None and not patience:
+        with training.averaged():
+            final.keep()
+    final.restore()
     return training.history
 
 
-class _Best:
-    """A copy of a model's parameters and buffers, where the model is."""
+class _Kept:
+    """What a model is to end with, where that is not what its last step left."""
 
     def __init__(self, model: Layer):
-        self.model, self.copies = model, []  # type: ignore[var-annotated]
-
-    def _arrays(self) -> list[Array]:
-        return [self.model.flat_data,
-                *(layer.own_buffers[key] for layer, key in self.model.buffers().values())]
+        self.model = model
+        self.arrays = [model.flat_data,
+                       *(layer.own_buffers[key] for layer, key in model.buffers().values())]
+        self.copies: list[Array] = []
 
     def keep(self) -> None:
-        self.copies = [a.copy() for a in self._arrays()]
+        self.copies = [a.copy() for a in self.arrays]
 
     def restore(self) -> None:
-        for a, copy in zip(self._arrays(), self.copies):
-            a[...] = copy
-        self.model.cast_parameters()
+        if self.copies:
+            for a, copy in zip(self.arrays, self.copies):
+                a[...] = copy
+            self.model.cast_parameters()
 
 
 def _loader(data: Any, batch_size: int, seed: int | None, dtype: Any,

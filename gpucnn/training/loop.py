@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,12 +15,10 @@ from gpucnn.geometry import is_int
 from gpucnn.layers import Layer
 from gpucnn.optim import Optimizer
 from gpucnn.schedules import Schedule, constant
+from gpucnn.training.average import Average
 from gpucnn.training.evaluation import Evaluation, check_finite, evaluate
 from gpucnn.training.results import StepResult
 from gpucnn.training.step import TrainStep
-
-if TYPE_CHECKING:
-    from gpucnn.training.average import Average
 
 STEP_NAMES = ("step", "step_loss", "step_learning_rate")
 EPOCH_NAMES = ("epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
@@ -75,7 +73,7 @@ class Training:
     schedule: of the learning rate (gpucnn.schedules); None leaves the optimizer's as it is.
     validation: a loader of images that are looked at after each epoch, or None.
     patience: stop when the validation loss has not got better in so many epochs; None never stops.
-    average: of the weights; where given, it is what the validation looks at.
+    average: that of `step`; where there is one, the validation looks at it.
 
     `history` holds lists: step, step_loss and step_learning_rate for each step, and epoch,
     train_loss, train_accuracy, validation_loss and validation_accuracy for each epoch. It is a
@@ -130,6 +128,10 @@ class Training:
         impatient = self.patience is not None and best is not None and (
             self.epoch - best >= self.patience)
         return self.epoch >= self.epochs or impatient
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """A block in which the model has the average of its parameters, where there is one."""
+        return self.average.applied() if self.average else nullcontext()
 
     def stop(self) -> None:
         """Let run() end after the step that is under way: for the handler of a signal."""
@@ -215,7 +217,7 @@ class Training:
     def _validate(self) -> Evaluation | None:
         if self.validation is None:
             return None
-        with self.average.applied() if self.average else nullcontext():
+        with self.averaged():
             return evaluate(self.model, self._interruptible(self.validation.epoch()))
 
     def _interruptible(self, batches: Iterator[tuple[Array, Array]]
