@@ -6,7 +6,7 @@ class GpucnnError(Exception):
 
 
 class BackendError(GpucnnError):
-    """The backend that was asked for cannot work on this machine."""
+    """The backend that was asked for cannot work on this machine, or has too little memory."""
 
 
 class KernelError(GpucnnError):

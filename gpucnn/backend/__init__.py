@@ -103,6 +103,12 @@ class Backend(Protocol):
     def free_bytes(self) -> float:
         """How much memory arrays can still take: infinity where they lie in the host's."""
 
+    def memory_in_use(self) -> tuple[float, float] | None:
+        """Bytes that are taken of the device's memory, and all that it has; None if not known."""
+
+    def free_unused(self) -> None:
+        """Give memory back that is kept for arrays to come."""
+
     @property
     def norm_recomputes(self) -> bool:
         """Whether batch_norm_backward without a residual makes y from x, and needs none given."""

@@ -76,6 +76,17 @@ class CupyBackend:
         free, _ = cupy.cuda.runtime.memGetInfo()
         return float(free + cupy.get_default_memory_pool().free_bytes())
 
+    def memory_in_use(self) -> tuple[float, float]:
+        pool = cupy.get_default_memory_pool()
+        limit = pool.get_limit()  # CUPY_GPU_MEMORY_LIMIT, or set_limit()
+        if limit:
+            return float(pool.used_bytes()), float(limit)
+        free, total = cupy.cuda.runtime.memGetInfo()
+        return float(total - free), float(total)
+
+    def free_unused(self) -> None:
+        cupy.get_default_memory_pool().free_all_blocks()
+
     def capturing(self) -> bool:
         return bool(cupy.cuda.get_current_stream().is_capturing())
 

@@ -96,6 +96,12 @@ class NumpyBackend:
     def free_bytes(self) -> float:
         return float("inf")
 
+    def memory_in_use(self) -> None:
+        return None
+
+    def free_unused(self) -> None:
+        self._recycler.free_unused()
+
     def capturing(self) -> bool:
         return False
 

@@ -41,16 +41,33 @@ class Recycler:
             self.last_used[i] = self.requests
             return self.buffers[i].view(dtype).reshape(shape)
 
+    def free_unused(self) -> None:
+        """Free all buffers that nobody has."""
+        with self.lock:
+            self._drop(0)
+
     def _find(self, size: int) -> int:
         free = [count <= self.unused_count for count in self._counts()]
-        for i, buffer in enumerate(self.buffers):
-            if buffer.nbytes == size and free[i]:
-                return i
-        kept = [i for i in range(len(free))
-                if not free[i] or self.requests - self.last_used[i] < _PATIENCE]
-        self.buffers = [*(self.buffers[i] for i in kept), np.empty(size, np.uint8)]
-        self.last_used = [*(self.last_used[i] for i in kept), 0]
-        return len(kept)
+        found = next((i for i, buffer in enumerate(self.buffers)
+                      if buffer.nbytes == size and free[i]), None)
+        if found is not None:
+            return found
+        self._drop(_PATIENCE)
+        try:
+            buffer = np.empty(size, np.uint8)
+        except MemoryError:  # what lies unused may be enough, as in CuPy's pools
+            self._drop(0)
+            buffer = np.empty(size, np.uint8)
+        self.buffers = [*self.buffers, buffer]
+        self.last_used = [*self.last_used, 0]
+        return len(self.buffers) - 1
+
+    def _drop(self, patience: int) -> None:
+        """Free the buffers that nobody has, and nobody wanted in so many requests."""
+        kept = [i for i, count in enumerate(self._counts())
+                if count > self.unused_count or self.requests - self.last_used[i] < patience]
+        self.buffers = [self.buffers[i] for i in kept]
+        self.last_used = [self.last_used[i] for i in kept]
 
     def _counts(self) -> list[int]:
         return [sys.getrefcount(buffer) for buffer in self.buffers]

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from gpucnn.layers import Layer
 from gpucnn.losses import SoftmaxCrossEntropy
 from gpucnn.numerics import log_softmax
 from gpucnn.ops import as_array
+from gpucnn.training import memory
 from gpucnn.training.plain import receive
 
 Batches = Iterable[tuple[Array, Array]]
@@ -42,7 +43,7 @@ class Evaluation(NamedTuple):
 def evaluate(model: Layer, batches: Batches) -> Evaluation:
     """The model's loss and predictions over all batches of (images, labels).
 
-    Raises DataError for a data set without samples.
+    Raises DataError for a data set without samples, BackendError where memory runs out.
     """
     loss, total = SoftmaxCrossEntropy(), 0.0
     labels: list[np.ndarray] = []
@@ -50,9 +51,13 @@ def evaluate(model: Layer, batches: Batches) -> Evaluation:
     for x, t in batches:
         if not len(t):
             continue
-        with np.errstate(over="ignore", invalid="ignore"):  # the loss shows it
-            logits = _logits(model, x)
-            value, _ = loss(logits, t)
+        x = receive(model, x)
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):  # the loss shows it
+                logits = _logits(model, x)
+                value, _ = loss(logits, t)
+        except MemoryError as e:
+            raise memory.explain(e, model, (loss,), len(x)) from e
         total += float(value) * len(t)
         labels.append(np.asarray(backend_of(t).to_numpy(t)))
         predictions.append(model.backend.to_numpy(logits.argmax(axis=1)))
@@ -66,7 +71,7 @@ def predict(model: Layer, x: np.ndarray, names: list[str] | None = None) -> np.n
     """The probability of each class for images x (n, h, w, c) on the host: float32 (n, classes).
 
     names: how to call the images in a message. Raises ValueError for an image that holds NaN, or
-    whose probabilities are not finite.
+    whose probabilities are not finite; BackendError where memory runs out.
     """
     def called(i: int) -> str:
         return f"image {i} ({names[i]})" if names else f"image {i}"
@@ -77,9 +82,12 @@ def predict(model: Layer, x: np.ndarray, names: list[str] | None = None) -> np.n
         if wrong:
             raise ValueError(f"{called(i)} holds {wrong} NaN values")
     backend = model.backend
-    with np.errstate(over="ignore", invalid="ignore"):  # the probabilities show it
-        logits = _logits(model, x)
-        probabilities = backend.to_numpy(backend.xp.exp(log_softmax(backend.xp, logits)))
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):  # the probabilities show it
+            logits = _logits(model, receive(model, x))
+            probabilities = backend.to_numpy(backend.xp.exp(log_softmax(backend.xp, logits)))
+    except MemoryError as e:
+        raise memory.explain(e, model, (), len(x)) from e
     for i, row in enumerate(probabilities):
         if not np.isfinite(row).all():
             raise ValueError(f"the probabilities of {called(i)} are not finite; the model may have "
@@ -87,7 +95,7 @@ def predict(model: Layer, x: np.ndarray, names: list[str] | None = None) -> np.n
     return probabilities
 
 
-def _logits(model: Layer, x: Any) -> Array:
+def _logits(model: Layer, x: Array) -> Array:
     """What the model gives for x; of 16-bit logits, in float32 as losses and probabilities are."""
-    logits = model.forward(receive(model, x))
+    logits = model.forward(x)
     return logits.astype(np.float32) if logits.itemsize == 2 else logits

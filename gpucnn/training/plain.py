@@ -13,6 +13,7 @@ from gpucnn.losses import SoftmaxCrossEntropy
 from gpucnn.numerics import blocks_of, for_blocks
 from gpucnn.ops import as_array, check_labels
 from gpucnn.optim import Optimizer
+from gpucnn.training import memory
 from gpucnn.training.average import Average
 
 Loss = Callable[[Array, Array], tuple[Array, Array]]
@@ -29,11 +30,16 @@ def train_step(model: Layer, loss: Loss, optimizer: Optimizer, x: Any, t: Any
     Returns (mean loss, how many of the n were classified right before the update). The update is
     left out where the loss is not finite: the caller decides what then (check_finite).
 
-    Raises ValueError where the loss and the optimizer have not the same loss scale.
+    Raises ValueError where the loss and the optimizer have not the same loss scale, BackendError
+    where memory runs out.
     """
     check_loss_scales(loss, optimizer)
-    value, hits = gradients(model, loss, x, t)
-    update(optimizer, None, value)
+    x = receive(model, x)
+    try:
+        value, hits = gradients(model, loss, x, t)
+        update(optimizer, None, value)
+    except MemoryError as e:
+        raise memory.explain(e, model, (loss, optimizer), len(x)) from e
     return float(value), int(hits)
 
 

@@ -15,6 +15,7 @@ from gpucnn.layers import Layer
 from gpucnn.layers.base import argument_names
 from gpucnn.optim import Optimizer
 from gpucnn.schedules import Schedule
+from gpucnn.training import memory
 from gpucnn.training.average import Average
 from gpucnn.training.plain import (
     Loss,
@@ -26,6 +27,7 @@ from gpucnn.training.plain import (
 )
 from gpucnn.training.results import ResultLog, StepResult
 
+Passes = Callable[[Array, Any], tuple[Array, Array]]  # forward and backward, as gradients()
 READ_EVERY = 32  # steps, whose results go to the host in one copy
 
 
@@ -54,6 +56,13 @@ class TrainStep:
         and one more array of gradients. But the statistics of a batch norm in training are those
         of a part, and a dropout draws, and counts, once a part: each has another mask.
     average: of the parameters, brought up to date after each update.
+    auto_batch: where a first step with batches of some shape runs out of memory in the forward or
+        backward passes, make it again from the start with twice as many micro-batches, until there
+        is enough; a RuntimeWarning says so. It stays at that number: `micro_batches`. From that
+        step on the bits are those of a TrainStep that was given it.
+
+    Without auto_batch, or where micro-batches of one image are too large, a BackendError says in
+    which layer memory ran out. Model, optimizer and TrainStep can be used again then.
 
     What cannot be captured (a loss or an optimizer of one's own that looks at values on the host)
     runs in plain calls: a RuntimeWarning says so once, and `not_captured` holds the reason.
@@ -64,7 +73,7 @@ class TrainStep:
 
     def __init__(self, model: Layer, loss: Loss, optimizer: Optimizer, *, capture: bool = True,
                  read_every: int = READ_EVERY, micro_batches: int = 1,
-                 average: Average | None = None):
+                 average: Average | None = None, auto_batch: bool = False):
         for fits, wanted, got in (
                 (isinstance(model, Layer), "model must be a layers.Layer", model),
                 (callable(loss), "loss must be one of gpucnn.losses or a function", loss),
@@ -79,8 +88,9 @@ class TrainStep:
         for part, name in ((optimizer, "optimizer"), (average, "average")):
             if part is not None and part.model is not model:
                 raise ValueError(f"TrainStep: the {name} is that of another model")
-        if not isinstance(capture, bool):
-            raise TypeError(f"TrainStep: capture must be True or False, got {capture!r}")
+        for name, flag in (("capture", capture), ("auto_batch", auto_batch)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"TrainStep: {name} must be True or False, got {flag!r}")
         for name, value in (("read_every", read_every), ("micro_batches", micro_batches)):
             if not is_int(value) or value < 1:
                 raise ValueError(f"TrainStep: {name} must be an int >= 1, got {value!r}")
@@ -88,7 +98,7 @@ class TrainStep:
         self._model, self._loss, self._optimizer, self._average = model, loss, optimizer, average
         self.backend = model.backend
         self.capture = capture and self.backend.captures
-        self.micro_batches = int(micro_batches)
+        self.micro_batches, self.auto_batch = int(micro_batches), auto_batch
         self.not_captured: str | None = None
         self._log = ResultLog(self.backend, int(read_every))
         self._memory = self.backend.graph_memory()
@@ -108,7 +118,7 @@ class TrainStep:
         model = self._model
         x = receive(model, x)
         if not self.capture:
-            return self._run((), lambda: (x, t), len(x))
+            return self._run((x.shape, x.dtype), lambda: (x, t), len(x))
         t = receive_targets(model, self._loss, t, len(x))
         key = x.shape, x.dtype, t.shape, t.dtype
         given = self._inputs.get(key, (None, None))
@@ -193,23 +203,71 @@ class TrainStep:
                                "that block ends; end it first")
         self._log.turn_over()
 
-        model, loss, optimizer, average = self._model, self._loss, self._optimizer, self._average
-        log, micro_batches = self._log, self.micro_batches
-
-        def work() -> None:  # without self: the graphs, which keep it, go with the last of self
-            value, hits = gradients(model, loss, *batch(), micro_batches=micro_batches)
-            update(optimizer, average, value)
-            log.record(value, hits)
-
-        if not self.capture or self.not_captured:
-            work()
+        # Without self: the graphs, which keep it, go with the last of self.
+        step = partial(_step, batch, self._optimizer, self._average, self._log)
+        values = self._values()
+        key, whole = (*key, *values), (*key, *values, self.micro_batches)
+        ran = whole in self._plain
+        if ran and whole not in self._graphs and self.capture and not self.not_captured:
+            self._capture(whole, partial(step, self._passes()))
+        if whole in self._graphs:
+            self._graphs[whole]()
         else:
-            key = (*key, micro_batches, *self._values())
-            if key in self._plain and key not in self._graphs:
-                self._capture(key, work)
-            self._graphs.get(key, work)()
-            self._plain.add(key)  # what an error has ended may not be compiled yet
+            self._in_plain_calls(step, images, ran)
+            self._plain.add((*key, self.micro_batches))  # what an error has ended is not here
         self._log.wrote(images)
+
+    def _passes(self) -> Passes:
+        return partial(gradients, self._model, self._loss, micro_batches=self.micro_batches)
+
+    def _in_plain_calls(self, step: Callable[[Passes], None], images: int, ran: bool) -> None:
+        """ran: whether one like it was made before, and had memory enough."""
+        try:
+            step(self._passes_that_fit if self.auto_batch and not ran else self._passes())
+        except MemoryError as e:
+            micro_batch = self._micro_batch(images)
+            remedy = memory.SMALLER_NETWORK if micro_batch == 1 else \
+                f"try --batch-size {images // 2}{'' if self.auto_batch else ' or --auto-batch'}"
+            raise memory.explain(e, self._model, self._parts(), images, micro_batch,
+                                 remedy) from e
+
+    def _passes_that_fit(self, x: Array, t: Any) -> tuple[Array, Array]:
+        """gradients(), from the start again in smaller micro-batches while memory runs out."""
+        model, first, reason = self._model, self.micro_batches, ""
+        state = [layer.own_buffers[name] for layer, name in model.buffers().values()]
+        state += model.counters().values()
+        before = [a.copy() for a in state]
+        while True:
+            try:
+                found = self._passes()(x, t)
+                break
+            except MemoryError as e:
+                for array, content in zip(state, before):
+                    array[...] = content
+                if self._micro_batch(len(x)) == 1 and not self._graphs:
+                    raise
+                reason = reason or memory.describe(e, model, self._parts(), len(x))
+                memory.release(e, model)
+            if self._graphs:
+                self._drop_graphs()
+            else:
+                self.micro_batches *= 2
+            self.backend.free_unused()
+        if reason and self.micro_batches > first:
+            warnings.warn(f"{reason}; going on with micro-batches of {self._micro_batch(len(x))}",
+                          RuntimeWarning, stacklevel=6)
+        return found
+
+    def _micro_batch(self, images: int) -> int:
+        """How many images the parts of such a batch have."""
+        return -(-images // self.micro_batches)
+
+    def _parts(self) -> tuple[Any, ...]:
+        return self._loss, self._optimizer, self._optimizer.loss_scale, self._average
+
+    def _drop_graphs(self) -> None:
+        self._graphs.clear()
+        self._memory = self.backend.graph_memory()
 
     def _values(self) -> tuple:
         """Of the settings, to look up graphs by. Of one that is no number or name any more, such
@@ -224,6 +282,7 @@ class TrainStep:
             self._graphs[key] = self.backend.capture(work, self._memory)
         except Exception as e:
             self.not_captured = _reason(e)
+            self._model.forget()
             self._graphs.clear()  # the plain calls may need their memory, above all if it is short
             self._memory = None
             warnings.warn("this training step cannot be captured into a CUDA graph and runs in "
@@ -232,8 +291,7 @@ class TrainStep:
 
     def _settings(self) -> Iterator[tuple[dict[str, Any], str]]:
         """The numbers and names that a graph holds and that can be changed between steps."""
-        parts = (self._loss, self._optimizer, self._optimizer.loss_scale, self._average)
-        named = [(vars(p), list(vars(p))) for p in parts if hasattr(p, "__dict__")]
+        named = [(vars(p), list(vars(p))) for p in self._parts() if hasattr(p, "__dict__")]
         named += [(vars(layer), argument_names(type(layer))) for layer in self._model.walk()]
         for settings, names in named:
             for name in names:
@@ -241,6 +299,13 @@ class TrainStep:
                     yield settings, name
         if type(self._optimizer).step is not Optimizer.step:  # one that may read it on the host
             yield vars(self._optimizer), "_learning_rate"
+
+
+def _step(batch: Callable[[], tuple[Array, Any]], optimizer: Optimizer, average: Average | None,
+          log: ResultLog, passes: Passes) -> None:
+    value, hits = passes(*batch())
+    update(optimizer, average, value)
+    log.record(value, hits)
 
 
 def _hashable(value: Any) -> bool:

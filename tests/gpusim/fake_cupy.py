@@ -415,13 +415,6 @@ class CUDARuntimeError(RuntimeError):
         super().__init__(f"CUDA error {status}")
 
 
-class OutOfMemoryError(MemoryError):
-    """cupy.cuda.memory.OutOfMemoryError."""
-
-    def __init__(self, size, total, limit=0):
-        super().__init__(f"Out of memory allocating {size:,} bytes")
-
-
 class _Device:
     compute_capability = _CAPABILITY
 
@@ -563,7 +556,8 @@ cuda.using_allocator = memory.using_allocator  # type: ignore[attr-defined]
 cuda.Memory, cuda.MemoryPointer = _no_memory, object  # type: ignore[attr-defined]
 cuda.compiler = types.SimpleNamespace(  # type: ignore[attr-defined]
     CompileException=CompileException)
-cuda.memory = types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)  # type: ignore[attr-defined]
+cuda.memory = types.SimpleNamespace(  # type: ignore[attr-defined]
+    OutOfMemoryError=memory.OutOfMemoryError)
 
 
 def get_default_memory_pool():

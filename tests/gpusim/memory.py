@@ -21,6 +21,15 @@ _hooks: dict[str, MemoryHook] = {}
 _known: dict[int, tuple[Memory, set[weakref.ref]]] = {}
 
 
+class OutOfMemoryError(MemoryError):
+    """cupy.cuda.memory.OutOfMemoryError."""
+
+    def __init__(self, size, total, limit=0):
+        set_to = f", limit set to: {limit:,} bytes" if limit else ""
+        super().__init__(f"Out of memory allocating {size:,} bytes (allocated so far: {total:,} "
+                         f"bytes{set_to}).")
+
+
 class MemoryHook:
     """cupy.cuda.MemoryHook: told of each allocation of every pool while it is entered."""
 
@@ -67,10 +76,20 @@ class MemoryPool:
     """cupy.cuda.MemoryPool, without splitting blocks: what is free serves arrays of any size."""
 
     def __init__(self, allocator: Any = None):
-        self.used = self.total = 0
+        self.used = self.total = self.limit = 0
+
+    def set_limit(self, size: int | None = None, fraction: float | None = None) -> None:
+        """To so many bytes; 0: none."""
+        assert fraction is None
+        self.limit = size or 0
+
+    def get_limit(self) -> int:
+        return self.limit
 
     def malloc(self, size: int) -> Memory:
         rounded = -(-size // UNIT) * UNIT
+        if self.limit and self.used + rounded > self.limit:
+            raise OutOfMemoryError(rounded, self.used, self.limit)
         _tell("malloc_preprocess", size=size, mem_size=rounded)
         memory = Memory(self, rounded)
         self.used += rounded
