@@ -54,7 +54,8 @@ class TrainStep:
         they are fewer. Their losses and gradients are summed with the weights m / n, and one update
         follows: the step of the whole batch, up to rounding, in the memory of a part, the batch
         and one more array of gradients. But the statistics of a batch norm in training are those
-        of a part, and a dropout draws, and counts, once a part: each has another mask.
+        of a part, which needs more than one value a channel, and a dropout draws, and counts, once
+        a part: each has another mask. May be changed between steps.
     average: of the parameters, brought up to date after each update.
     auto_batch: where a first step with batches of some shape runs out of memory in the forward or
         backward passes, make it again from the start with twice as many micro-batches, until there
@@ -214,7 +215,7 @@ class TrainStep:
             self._graphs[whole]()
         else:
             self._in_plain_calls(step, images, ran)
-            self._plain.add((*key, self.micro_batches))  # what an error has ended is not here
+            self._plain.add((*key, self.micro_batches))  # an error would have ended it
         self._log.wrote(images)
 
     def _passes(self) -> Passes:
