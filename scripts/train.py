@@ -74,6 +74,10 @@ def parser() -> TrainParser:
     group.add_argument("--accumulate", type=cli.positive_int, default=1, metavar="N",
                        help="make one update from the gradients of N batches, one after the other "
                             "(default: %(default)s)")
+    group.add_argument("--auto-batch", action=argparse.BooleanOptionalAction, default=False,
+                       help="where a batch does not fit into memory, halve the micro-batches that "
+                            "it is made in, until it does: the same step, but for batch norm, "
+                            "which sees a micro-batch at a time")
     group.add_argument("--patience", type=cli.positive_int, metavar="EPOCHS",
                        help="stop when the validation loss has not got better for so many epochs, "
                             "and keep the model of the best one; needs --validation (default: "

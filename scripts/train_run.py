@@ -99,9 +99,10 @@ class Run:
         optimizer = optim.BY_NAME[arguments.optimizer](
             model, clip_norm=arguments.clip_norm, loss_scale=scale, **options)
         self.rate = optimizer.learning_rate
-        average = None if arguments.ema is None else Average(model, arguments.ema)
-        self.steps = TrainStep(model, loss, optimizer, capture=not arguments.eager,
-                               micro_batches=arguments.accumulate, average=average)
+        self.steps = TrainStep(
+            model, loss, optimizer, capture=not arguments.eager,
+            micro_batches=arguments.accumulate, auto_batch=arguments.auto_batch,
+            average=None if arguments.ema is None else Average(model, arguments.ema))
         loader = Loader(train_set, arguments.batch_size * arguments.accumulate,
                         seed=arguments.seed, dtype=model.dtype, augmentation=Augmentation(
                             crop=arguments.crop, flip=arguments.flip, cutout=arguments.cutout))
@@ -113,10 +114,10 @@ class Run:
               f"{f', {len(validation_set):,} for validation' if validation_set else ''}; "
               f"{arguments.optimizer}, learning rate {self.rate:g}, batches of "
               f"{arguments.batch_size}", flush=True)
-        return Training(model, optimizer, self.steps, loader, arguments.epochs, schedule=schedule,
+        return Training(self.steps, loader, arguments.epochs, schedule=schedule,
                         validation=Loader(validation_set or self.test_set, EVALUATION_BATCH,
                                           dtype=model.dtype),
-                        patience=arguments.patience, average=average)
+                        patience=arguments.patience)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         training = self.training
@@ -220,6 +221,7 @@ class Run:
             "epochs_made": training.epoch, "best_epoch": training.best_epoch,
             "train_set": self.train_set.name, "train_images": self.train_images,
             "test_images": len(test_set),
+            "micro_batches": self.steps.micro_batches,
             "cuda_graphs": self.steps.capture and self.steps.not_captured is None,
             "backend": versions.pop("backend"), "device": versions.pop("device"),
             "cpu": versions.pop("cpu"), "versions": versions}

@@ -29,7 +29,7 @@ def test_it_is_what_its_parts_do(backend):
     model.build((5, 4, 1), seed=7)
     optimizer = optim.AdamW(model, 0.01)
     loader = Loader(DATA, 8, seed=7, augmentation=Augmentation(flip=True))
-    run = Training(model, optimizer, TrainStep(model, losses.SoftmaxCrossEntropy(), optimizer),
+    run = Training(TrainStep(model, losses.SoftmaxCrossEntropy(), optimizer),
                    loader, 3, schedule=schedules.cosine(0.01, 9), validation=Loader(DATA, 500))
     run.run()
     fitted = net()

@@ -18,19 +18,18 @@ HELD_OUT = Dataset(RNG.integers(0, 256, (6, 5, 4, 2), np.uint8), RNG.integers(0,
                    ("a", "b", "c"), "others")
 
 
-def training(precision="float32", optimizer=optim.Adam, rate=0.01, **options):
+def training(precision="float32", optimizer=optim.Adam, rate=0.01, average=True, **options):
     model = Sequential([Conv2D(3, activation="relu"), BatchNorm(), Dropout(0.3), Flatten(),
                         Dense(3)])
     model.build((5, 4, 2), seed=1, precision=precision)
     scale = optim.LossScale(model) if precision == "mixed_float16" else None
     chosen = optimizer(model, rate, loss_scale=scale)
-    average = Average(model, 0.9)
     step = TrainStep(model, losses.SoftmaxCrossEntropy(loss_scale=scale), chosen, read_every=2,
-                     average=average)
+                     average=Average(model, 0.9) if average else None)
     loader = Loader(IMAGES, BATCH, seed=2, augmentation=Augmentation(flip=True), dtype=model.dtype)
-    settings = {"average": average, "validation": Loader(HELD_OUT, 4, dtype=model.dtype),
+    settings = {"validation": Loader(HELD_OUT, 4, dtype=model.dtype),
                 "schedule": schedules.one_cycle(rate, EPOCHS * len(loader)), **options}
-    return Training(model, chosen, step, loader, settings.pop("epochs", EPOCHS), **settings)
+    return Training(step, loader, settings.pop("epochs", EPOCHS), **settings)
 
 
 def bits(run):
@@ -157,6 +156,6 @@ def test_the_state_of_another_run_is_refused():
     with pytest.raises(ValueError, match="the model has other arrays: dense1/b"):
         other.restore(changed | {"model/dense1/c": arrays["model/dense1/b"]}, numbers)
     with pytest.raises(ValueError, match="with an average of the weights, or without one"):
-        training(average=None).restore(arrays, numbers)
+        training(average=False).restore(arrays, numbers)
     with pytest.raises(ValueError, match="the state of this Momentum is"):
         training(optimizer=optim.Momentum).restore(arrays, numbers)

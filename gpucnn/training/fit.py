@@ -32,7 +32,7 @@ def fit(model: Layer, data: Any, *, epochs: int = 10, batch_size: int = 64,
         precision: str | None = None, seed: int = 0,
         on_step: StepCallback | Iterable[StepCallback] = (),
         on_epoch: EpochCallback | Iterable[EpochCallback] = (),
-        capture: bool = True) -> dict[str, list]:
+        capture: bool = True, auto_batch: bool = False) -> dict[str, list]:
     """Train `model`, which is built for the data where it is not built yet; returns its history.
 
         history = gpucnn.fit(model, train_set, epochs=3, validation=test_set, on_epoch=print)
@@ -55,6 +55,7 @@ def fit(model: Layer, data: Any, *, epochs: int = 10, batch_size: int = 64,
     on_step, on_epoch: functions that get a StepRecord or an EpochRecord. An on_epoch that returns
         True ends the training.
     capture: make CUDA graphs of the steps, on a GPU.
+    auto_batch: where memory is short, go on in smaller micro-batches (TrainStep).
 
     Returns lists, as Training.history. The same arguments give the same bits.
 
@@ -81,11 +82,11 @@ def fit(model: Layer, data: Any, *, epochs: int = 10, batch_size: int = 64,
         scale = chosen.loss_scale
     if isinstance(schedule, str):
         schedule = schedules.BY_NAME[schedule](chosen.learning_rate, epochs * len(loader))
-    averages = None if average is None else Average(model, average)
     step = TrainStep(model, loss or SoftmaxCrossEntropy(loss_scale=scale), chosen, capture=capture,
-                     average=averages)
+                     average=None if average is None else Average(model, average),
+                     auto_batch=auto_batch)
     training = Training(
-        model, chosen, step, loader, epochs, schedule=schedule, patience=patience, average=averages,
+        step, loader, epochs, schedule=schedule, patience=patience,
         validation=None if validation is None else
         _loader(validation, EVALUATION_BATCH, None, model.dtype, None))
     final = _Kept(model)

@@ -12,10 +12,7 @@ from gpucnn.backend import Array
 from gpucnn.data import Loader
 from gpucnn.errors import TrainingError
 from gpucnn.geometry import is_int
-from gpucnn.layers import Layer
-from gpucnn.optim import Optimizer
 from gpucnn.schedules import Schedule, constant
-from gpucnn.training.average import Average
 from gpucnn.training.evaluation import Evaluation, check_finite, evaluate
 from gpucnn.training.results import StepResult
 from gpucnn.training.step import TrainStep
@@ -67,13 +64,13 @@ class Stopped(Exception):
 class Training:
     """All epochs: steps, then a look at the validation set; knows where it is and what it saw.
 
-    step: the model's training step; its loss and optimizer come with it.
+    step: the training step, with its model, loss and optimizer; where it has an average of the
+        parameters, that is what the validation looks at.
     loader: of the training set.
     epochs: how many passes over it.
     schedule: of the learning rate (gpucnn.schedules); None leaves the optimizer's as it is.
     validation: a loader of images that are looked at after each epoch, or None.
     patience: stop when the validation loss has not got better in so many epochs; None never stops.
-    average: that of `step`; where there is one, the validation looks at it.
 
     `history` holds lists: step, step_loss and step_learning_rate for each step, and epoch,
     train_loss, train_accuracy, validation_loss and validation_accuracy for each epoch. It is a
@@ -82,10 +79,9 @@ class Training:
     Raises TypeError and ValueError for arguments.
     """
 
-    def __init__(self, model: Layer, optimizer: Optimizer, step: TrainStep, loader: Loader,
-                 epochs: int, *, schedule: Schedule | None = None,
-                 validation: Loader | None = None, patience: int | None = None,
-                 average: Average | None = None):
+    def __init__(self, step: TrainStep, loader: Loader, epochs: int, *,
+                 schedule: Schedule | None = None, validation: Loader | None = None,
+                 patience: int | None = None):
         for name, value in (("epochs", epochs), ("patience", patience)):
             if value is not None and (not is_int(value) or value < 1):
                 raise ValueError(f"Training: {name} must be an int >= 1, got {value!r}")
@@ -93,10 +89,10 @@ class Training:
             raise ValueError("Training: patience needs a validation set, whose loss it watches")
         if not len(loader):
             raise ValueError("Training: the training set has 0 images")
-        self.model, self.optimizer, self.step, self.loader = model, optimizer, step, loader
-        self.epochs, self.validation, self.patience = epochs, validation, patience
-        self.schedule = constant(optimizer.learning_rate) if schedule is None else schedule
-        self.average = average
+        self.step, self.loader, self.validation = step, loader, validation
+        self.model, self.optimizer, self.average = step.model, step.optimizer, step.average
+        self.epochs, self.patience = epochs, patience
+        self.schedule = constant(step.optimizer.learning_rate) if schedule is None else schedule
         self.history: dict[str, list] = {n: [] for n in (*STEP_NAMES, *EPOCH_NAMES)}
         self.last_good: str | None = None  # what a message may name, if the loss diverges
         self.seconds = 0.0                 # of all steps, those of interrupted runs included
@@ -247,7 +243,8 @@ class Training:
         arrays |= {f"{part}/{name}": a for part, named in parts.items()
                    for name, a in named.items()}
         return arrays, {"position": self.position, "loss_sum": self._loss_sum, "hits": self._hits,
-                        "epoch_seconds": self._epoch_seconds, "seconds": self.seconds}
+                        "epoch_seconds": self._epoch_seconds, "seconds": self.seconds,
+                        "micro_batches": self.step.micro_batches}
 
     def restore(self, arrays: dict[str, np.ndarray], numbers: dict[str, Any]) -> None:
         """Go on from what state() gave, on this backend or the other.
@@ -279,3 +276,4 @@ class Training:
         self.position, self._hits = int(numbers["position"]), int(numbers["hits"])
         self._loss_sum = float(numbers["loss_sum"])
         self._epoch_seconds, self.seconds = numbers["epoch_seconds"], numbers["seconds"]
+        self.step.micro_batches = int(numbers["micro_batches"])  # auto_batch may have raised it

@@ -96,7 +96,7 @@ class TrainStep:
             if not is_int(value) or value < 1:
                 raise ValueError(f"TrainStep: {name} must be an int >= 1, got {value!r}")
         check_loss_scales(loss, optimizer)
-        self._model, self._loss, self._optimizer, self._average = model, loss, optimizer, average
+        self.model, self._loss, self.optimizer, self.average = model, loss, optimizer, average
         self.backend = model.backend
         self.capture = capture and self.backend.captures
         self.micro_batches, self.auto_batch = int(micro_batches), auto_batch
@@ -116,7 +116,7 @@ class TrainStep:
 
         With graphs the batch is copied, unless it is that of inputs().
         """
-        model = self._model
+        model = self.model
         x = receive(model, x)
         if not self.capture:
             return self._run((x.shape, x.dtype), lambda: (x, t), len(x))
@@ -132,8 +132,8 @@ class TrainStep:
 
         A step on these two copies nothing: write the next batch into them.
         """
-        x = receive(self._model, x)
-        t = receive_targets(self._model, self._loss, t, len(x))
+        x = receive(self.model, x)
+        t = receive_targets(self.model, self._loss, t, len(x))
         key = x.shape, x.dtype, t.shape, t.dtype
         if key not in self._inputs:
             empty = self.backend.xp.empty
@@ -178,7 +178,7 @@ class TrainStep:
             if self._turn is not turn:
                 raise RuntimeError("TrainStep: another epoch has begun; only that one can go on")
             if schedule is not None:
-                self._optimizer.learning_rate = schedule(before)
+                self.optimizer.learning_rate = schedule(before)
             feed.advance(size)
             self._run((loader, size), partial(feed.gather, size), size)
             yield from self._log.arrived()
@@ -192,20 +192,20 @@ class TrainStep:
 
     def _run(self, key: tuple, batch: Callable[[], tuple[Array, Array]], images: int) -> None:
         """One step on what batch() gives, as a graph once it ran as it is."""
-        if self._model.flat_data is not self._parameters:  # the first step since it was built
-            self._parameters = self._model.flat_data
+        if self.model.flat_data is not self._parameters:  # the first step since it was built
+            self._parameters = self.model.flat_data
             self._graphs.clear()
             self._plain.clear()
             self._watched = list(self._settings())
 
-        check_loss_scales(self._loss, self._optimizer)
-        if self._average is not None and self._average.is_applied:
+        check_loss_scales(self._loss, self.optimizer)
+        if self.average is not None and self.average.is_applied:
             raise RuntimeError("TrainStep: a step inside average.applied() would be undone when "
                                "that block ends; end it first")
         self._log.turn_over()
 
         # Without self: the graphs, which keep it, go with the last of self.
-        step = partial(_step, batch, self._optimizer, self._average, self._log)
+        step = partial(_step, batch, self.optimizer, self.average, self._log)
         values = self._values()
         key, whole = (*key, *values), (*key, *values, self.micro_batches)
         ran = whole in self._plain
@@ -219,7 +219,7 @@ class TrainStep:
         self._log.wrote(images)
 
     def _passes(self) -> Passes:
-        return partial(gradients, self._model, self._loss, micro_batches=self.micro_batches)
+        return partial(gradients, self.model, self._loss, micro_batches=self.micro_batches)
 
     def _in_plain_calls(self, step: Callable[[Passes], None], images: int, ran: bool) -> None:
         """ran: whether one like it was made before, and had memory enough."""
@@ -229,12 +229,12 @@ class TrainStep:
             micro_batch = self._micro_batch(images)
             remedy = memory.SMALLER_NETWORK if micro_batch == 1 else \
                 f"try --batch-size {images // 2}{'' if self.auto_batch else ' or --auto-batch'}"
-            raise memory.explain(e, self._model, self._parts(), images, micro_batch,
+            raise memory.explain(e, self.model, self._parts(), images, micro_batch,
                                  remedy) from e
 
     def _passes_that_fit(self, x: Array, t: Any) -> tuple[Array, Array]:
         """gradients(), from the start again in smaller micro-batches while memory runs out."""
-        model, first, reason = self._model, self.micro_batches, ""
+        model, first, reason = self.model, self.micro_batches, ""
         state = [layer.own_buffers[name] for layer, name in model.buffers().values()]
         state += model.counters().values()
         before = [a.copy() for a in state]
@@ -264,7 +264,7 @@ class TrainStep:
         return -(-images // self.micro_batches)
 
     def _parts(self) -> tuple[Any, ...]:
-        return self._loss, self._optimizer, self._optimizer.loss_scale, self._average
+        return self._loss, self.optimizer, self.optimizer.loss_scale, self.average
 
     def _drop_graphs(self) -> None:
         self._graphs.clear()
@@ -283,7 +283,7 @@ class TrainStep:
             self._graphs[key] = self.backend.capture(work, self._memory)
         except Exception as e:
             self.not_captured = _reason(e)
-            self._model.forget()
+            self.model.forget()
             self._graphs.clear()  # the plain calls may need their memory, above all if it is short
             self._memory = None
             warnings.warn("this training step cannot be captured into a CUDA graph and runs in "
@@ -293,13 +293,13 @@ class TrainStep:
     def _settings(self) -> Iterator[tuple[dict[str, Any], str]]:
         """The numbers and names that a graph holds and that can be changed between steps."""
         named = [(vars(p), list(vars(p))) for p in self._parts() if hasattr(p, "__dict__")]
-        named += [(vars(layer), argument_names(type(layer))) for layer in self._model.walk()]
+        named += [(vars(layer), argument_names(type(layer))) for layer in self.model.walk()]
         for settings, names in named:
             for name in names:
                 if name[0] != "_" and _hashable(settings.get(name)):
                     yield settings, name
-        if type(self._optimizer).step is not Optimizer.step:  # one that may read it on the host
-            yield vars(self._optimizer), "_learning_rate"
+        if type(self.optimizer).step is not Optimizer.step:  # one that may read it on the host
+            yield vars(self.optimizer), "_learning_rate"
 
 
 def _step(batch: Callable[[], tuple[Array, Any]], optimizer: Optimizer, average: Average | None,
