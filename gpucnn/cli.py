@@ -124,6 +124,12 @@ def load_run(path: Path | None) -> tuple[Layer, list[str]]:
     return model, names
 
 
+def require_folder_of(option: str, path: Path | None) -> None:
+    """Raise UsageError where the file of an option has no folder to lie in: before a long run."""
+    if path is not None and not path.parent.is_dir():
+        raise UsageError(f"{option}: {one_line(path.parent)} is not a folder")
+
+
 def positive_int(text: str) -> int:
     """An argparse type."""
     value = _number(int, text)

@@ -176,31 +176,6 @@ def test_evaluate_looks_for_the_folder_of_the_picture_first(trained, tmp_path):
     assert not result.stdout
 
 
-def test_predict(trained, tmp_path):
-    out, _ = trained
-    _, test_set = fashion_mnist.load(subset=True)
-    good, large = tmp_path / "good.png", tmp_path / "large.jpg"
-    Image.fromarray(test_set.images[0, ..., 0]).save(good)
-    Image.fromarray(test_set.images[1, ..., 0]).convert("RGB").resize((300, 200)).save(large)
-    lines = run("scripts.predict", good, large, "--run", out, "--top", 10).stdout.splitlines()
-    assert [line.split(":")[0] for line in lines] == [str(good), str(large)]
-    shares = [float(p.split()[-1].rstrip("%")) for p in lines[0].split(": ")[1].split(", ")]
-    assert len(shares) == 10
-    assert sum(shares) == pytest.approx(100, abs=1)
-    assert shares == sorted(shares, reverse=True)
-    inverted = run("scripts.predict", good, "--run", out, "--invert").stdout
-    assert inverted != lines[0] + "\n"
-
-    broken, holes = tmp_path / "broken.png", tmp_path / "holes.tiff"
-    broken.write_bytes(good.read_bytes()[:100])
-    result = run("scripts.predict", broken, good, "--run", out, code=1)
-    assert len(result.stdout.splitlines()) == 1
-    assert f"warning: {broken}: " in result.stderr
-    Image.fromarray(np.full((28, 28), np.nan, np.float32)).save(holes)  # row 11
-    result = run("scripts.predict", good, holes, "--run", out, code=1)
-    assert error_of(result) == f"gpucnn: error: image 1 ({holes}) holds 784 NaN values"
-
-
 @pytest.mark.parametrize("names", [["one"], 5, None, list(range(10))], ids=str)
 def test_class_names_that_do_not_fit_are_refused(trained, tmp_path, names):
     for file in ("model.safetensors", "model.json"):

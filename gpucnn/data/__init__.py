@@ -4,8 +4,8 @@ from gpucnn.data import fashion_mnist
 from gpucnn.data.arrays import ArrayLoader
 from gpucnn.data.dataset import Dataset, check_labels
 from gpucnn.data.idx import read_idx
-from gpucnn.data.images import read_image
+from gpucnn.data.images import find_images, read_image
 from gpucnn.data.loader import Loader, to_float
 
 __all__ = ["ArrayLoader", "Augmentation", "Dataset", "Loader", "check_labels", "fashion_mnist",
-           "read_idx", "read_image", "to_float"]
+           "find_images", "read_idx", "read_image", "to_float"]
