@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,9 +23,11 @@ import numpy as np
 from gpucnn import cli
 from gpucnn.data import find_images, read_image
 from gpucnn.errors import DataError
+from gpucnn.explain import grad_cam
 from gpucnn.files import one_line, write_atomically
 from gpucnn.layers import Layer
 from gpucnn.training import predict
+from gpucnn.viz import plot_overlay, require_matplotlib
 
 STANDARD_INPUT = "-"
 Say = Callable[[str], object]
@@ -46,15 +49,20 @@ class Source(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What an image shows: the most probable classes, the first of all at the front."""
+    """What an image shows: the most probable classes, the first of all at the front.
+
+    overlay: the path of the picture that --explain wrote, if it did.
+    """
 
     path: str
     top: list[tuple[str, float]]
+    overlay: str | None = None
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
         pairs = [{"class": name, "probability": round(p, 6)} for name, p in self.top]
-        return {"path": self.path, **pairs[0], "top": pairs}
+        overlay = {} if self.overlay is None else {"overlay": self.overlay}
+        return {"path": self.path, **pairs[0], "top": pairs, **overlay}
 
 
 Batches = Iterable[list[Prediction]]
@@ -74,6 +82,9 @@ def parser() -> argparse.ArgumentParser:
                    help="jsonl is one JSON object a line (default: %(default)s)")
     p.add_argument("--out", type=Path, metavar="FILE",
                    help="write there, all or nothing (default: standard output)")
+    p.add_argument("--explain", type=Path, metavar="DIR",
+                   help="write each image there once more, with the places that speak for its "
+                        "class in colour, by Grad-CAM")
     p.add_argument("--batch-size", type=cli.positive_int, default=64, metavar="N",
                    help="how many images are in memory at once (default: %(default)s)")
     return p
@@ -81,6 +92,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: argparse.Namespace) -> int:
     cli.require_folder_of("--out", arguments.out)
+    if arguments.explain:
+        require_matplotlib()
     failures: list[Exception] = []
 
     def skip(say: Say, e: Exception) -> None:
@@ -127,6 +140,7 @@ def predictions(model: Layer, classes: list[str], sources: list[Source],
                 advance: Callable[[int], object]) -> Iterator[list[Prediction]]:
     """Those of a batch at a time."""
     h, w, c = model.input_shape
+    overlays = Overlays(arguments.explain) if arguments.explain else None
     for start in range(0, len(sources), arguments.batch_size):
         batch = sources[start:start + arguments.batch_size]
         images, readable = [], []
@@ -137,12 +151,15 @@ def predictions(model: Layer, classes: list[str], sources: list[Source],
             except (DataError, OSError) as e:
                 skip(explained(source, e))
         if readable:
-            x = np.stack(images)
-            probabilities = predict(model, 1 - x if arguments.invert else x,
-                                    [one_line(source.name) for source in readable])
+            x = 1 - np.stack(images) if arguments.invert else np.stack(images)
+            probabilities = predict(model, x, [one_line(source.name) for source in readable])
             best = np.argsort(-probabilities, axis=1, kind="stable")[:, :arguments.top]
-            yield [Prediction(source.name, [(classes[k], float(row[k])) for k in ks])
-                   for source, row, ks in zip(readable, probabilities, best)]
+            found = [Prediction(source.name, [(classes[k], float(row[k])) for k in ks])
+                     for source, row, ks in zip(readable, probabilities, best)]
+            if overlays:
+                maps = grad_cam(model, x, best[:, 0])
+                found = [overlays.write(*each) for each in zip(readable, found, maps)]
+            yield found
         advance(len(batch))
 
 
@@ -154,11 +171,41 @@ def explained(source: Source, e: Exception) -> Exception:
     return e
 
 
+class Overlays:
+    """Writes pictures into a folder: cat.jpg's is cat.gradcam.png, the next of that name
+    cat-2.gradcam.png."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.numbers: Counter[str] = Counter()
+        self.written: set[str] = set()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, source: Source, prediction: Prediction, heat: np.ndarray) -> Prediction:
+        """The prediction, with the path of the map over the image in its own size."""
+        name, probability = prediction.top[0]
+        path = self.folder / self.name_for(source.name)
+        plot_overlay(source.read(None, 3), heat, f"{one_line(name)} {probability:.1%}", path)
+        return prediction._replace(overlay=str(path))
+
+    def name_for(self, path: str) -> str:
+        """One that this run has not given yet, also where upper and lower case are the same."""
+        stem = "stdin" if path == STANDARD_INPUT else Path(path).stem[:100]
+        while True:
+            self.numbers[stem] += 1
+            number = f"-{self.numbers[stem]}" if self.numbers[stem] > 1 else ""
+            name = f"{stem}{number}.gradcam.png"
+            if name.casefold() not in self.written:
+                self.written.add(name.casefold())
+                return name
+
+
 def write_table(batches: Batches, stream: TextIO) -> None:
     """A line for each image, its columns as wide as the longest entries so far."""
     path_width = class_width = 0
     for batch in batches:
-        rows = [(one_line(path), [(one_line(name), p) for name, p in top]) for path, top in batch]
+        rows = [(one_line(path), [(one_line(name), p) for name, p in top])
+                for path, top, _ in batch]
         path_width = max([path_width, *(len(path) for path, _ in rows)])
         class_width = max([class_width, *(len(name) for _, top in rows for name, _ in top)])
         for path, top in rows:
@@ -169,13 +216,19 @@ def write_table(batches: Batches, stream: TextIO) -> None:
 
 def write_csv(batches: Batches, stream: TextIO) -> None:
     """A header, and a row for each image: path,class,probability,class_2,probability_2, ..."""
-    writer = csv.writer(stream, lineterminator="\n")
-    for number, batch in enumerate(batches):
-        if number == 0:
-            ends = ["", *(f"_{k}" for k in range(2, len(batch[0].top) + 1))]
-            writer.writerow(["path", *(n + end for end in ends for n in ("class", "probability"))])
-        for path, top in batch:
-            writer.writerow([path, *(v for name, p in top for v in (name, round(p, 6)))])
+    writer: csv.DictWriter | None = None
+    for batch in batches:
+        for path, top, overlay in batch:
+            row: dict[str, Any] = {"path": path}
+            for k, (name, p) in enumerate(top, 1):
+                end = f"_{k}" if k > 1 else ""
+                row |= {f"class{end}": name, f"probability{end}": round(p, 6)}
+            if overlay is not None:
+                row["overlay"] = overlay
+            if writer is None:
+                writer = csv.DictWriter(stream, row, lineterminator="\n")
+                writer.writeheader()
+            writer.writerow(row)
         stream.flush()
 
 

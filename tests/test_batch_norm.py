@@ -512,3 +512,34 @@ def test_the_kernels_without_a_bug(cupy_backend, several_bands):
 def test_a_planted_bug_is_caught(cupy_backend, several_bands, bug):
     with caught(*("batchnorm.cu", *bug)[-3:]):
         check_kernels(cupy_backend)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_frozen_norm_computes_in_training_what_it_does_in_inference(backend, rng, activation,
+                                                                       residual):
+    torch = pytest.importorskip("torch")
+    norm = BatchNorm(frozen=True, epsilon=EPSILON, activation=None if residual else activation)
+    layer = Residual(norm, activation=activation) if residual else norm
+    layer.build((3, 2, 5), dtype="float64")
+    values = {name: rng.uniform(0.5, 2, 5) for name in ("gamma", "beta", "mean", "var")}
+    for array, name in ((norm.gamma.data, "gamma"), (norm.beta.data, "beta"),
+                        (norm.own_buffers["running_mean"], "mean"),
+                        (norm.own_buffers["running_var"], "var")):
+        array[...] = backend.asarray(values[name])
+    x, dy = (rng.standard_normal((4, 3, 2, 5)) for _ in range(2))
+    y = layer.forward(backend.asarray(x), training=True)
+    np.testing.assert_array_equal(*map(backend.to_numpy, (y, layer.forward(backend.asarray(x)))))
+    layer.forward(backend.asarray(x), training=True)
+    dx = layer.backward(backend.asarray(dy))
+
+    t = {name: torch.tensor(v, requires_grad=True) for name, v in {**values, "x": x}.items()}
+    z = (t["x"] - t["mean"].detach()) / (t["var"].detach() + EPSILON).sqrt()
+    z = t["gamma"] * z + t["beta"] + (t["x"] if residual else 0)
+    (torch.relu(z) if activation else z).backward(torch.tensor(dy))
+    for got, name in ((dx, "x"), (norm.gamma.grad, "gamma"), (norm.beta.grad, "beta")):
+        np.testing.assert_allclose(backend.to_numpy(got), t[name].grad.numpy(), rtol=1e-12,
+                                   atol=1e-12)
+    for name in ("mean", "var"):
+        np.testing.assert_array_equal(backend.to_numpy(norm.own_buffers[f"running_{name}"]),
+                                      values[name])

@@ -20,7 +20,7 @@ import pytest
 from gpucnn import cli
 from gpucnn.backend import use_backend
 from gpucnn.data import find_images
-from gpucnn.layers import Dense, Flatten, Sequential
+from gpucnn.layers import Conv2D, Dense, Flatten, GlobalAvgPool2D, Sequential
 from gpucnn.models import save_model
 from scripts import predict
 
@@ -114,6 +114,8 @@ def test_jsonl_and_names_that_are_no_utf8(run, images, capsys):
     assert call(run, images / name, "--format", "csv", "--out", out) == 0
     assert b"caf\xe9.png,\"light, or so\"," in out.read_bytes()
     assert not capsys.readouterr().out
+    result = script(images / name, "--run", run, "--format", "csv", capture_output=True)
+    assert b"caf\xe9.png,\"light, or so\"," in result.stdout
 
 
 def test_unreadable_images_are_named_and_skipped(run, images, capsys):  # rows 11, 38, 42
@@ -178,6 +180,34 @@ def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
     assert [type(e) for e in errors] == [FileNotFoundError]
     with pytest.raises(FileNotFoundError):
         find_images(tmp_path / "none")
+
+
+def test_explain_lays_the_places_that_speak_for_the_class_over_each_image(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    with use_backend("numpy"):  # light places speak for class 1, dark ones for nothing
+        model = Sequential([Conv2D(1, 1, bias=False), GlobalAvgPool2D(), Dense(2)])
+        model.build((4, 4, 1))
+        for name, value in (("conv1/w", 1), ("dense1/w", [[0, 9]]), ("dense1/b", [0, 0])):
+            model.parameters()[name].data[...] = np.array(value, np.float32)
+        save_model(model, tmp_path / "model.safetensors", class_names=["dark", "light"])
+    pixels = np.zeros((40, 600, 3), np.uint8)
+    pixels[:, :300] = 255
+    inputs = tmp_path / "in"
+    (inputs / "b").mkdir(parents=True)
+    for name in ("cat.png", "CAT.bmp", "b/cat.png"):
+        Image.fromarray(pixels).save(inputs / name)
+    before = {path: path.read_bytes() for path in inputs.rglob("*.*")}
+    assert call(tmp_path, inputs, "--explain", inputs, "--format", "json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [p["class"] for p in found] == ["light"] * 3
+    names = [str(inputs / f"{stem}.gradcam.png") for stem in ("CAT", "cat-2", "cat-3")]
+    assert [p["overlay"] for p in found] == names
+    assert {path: path.read_bytes() for path in before} == before
+    for name in names:
+        with Image.open(name) as picture:
+            colours = np.asarray(picture.convert("RGB"))[picture.height // 2 + 20]
+        assert tuple(colours[50]) == (255, 51, 51)
+        assert tuple(colours[-50]) == (0, 0, 0)
 
 
 def script(*arguments, **options):

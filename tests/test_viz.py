@@ -157,3 +157,20 @@ def test_without_matplotlib(tmp_path, monkeypatch):
                  lambda: viz.plot_confusion(np.eye(2), ["a", "b"], tmp_path / "c.png")):
         with pytest.raises(ImportError, match=r"^plots need matplotlib; pip install 'gpucnn\[pl"):
             draw()
+
+
+@pytest.mark.parametrize(("size", "zoom"), [((40, 600), 1), ((30, 20), 10)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_overlay_colours_an_image_where_the_map_is_large(tmp_path, size, zoom, channels):
+    h, w = size
+    image = np.zeros((h, w, channels), np.float32)
+    image[:, :w // 2] = 1
+    viz.plot_overlay(image, np.array([[1, 0], [0, 0]], np.float32), "cost: $5$", tmp_path / "o.png")
+    pixels = np.round(255 * matplotlib.image.imread(tmp_path / "o.png")[..., :3]).astype(int)
+    rows, columns = (np.nonzero((pixels != 255).any(axis=(1 - axis, 2)))[0] for axis in (0, 1))
+    right, bottom = columns.max() + 1, rows.max() + 1  # of the image: it ends in black
+    assert tuple(pixels[bottom - zoom * h, right - zoom * w]) == (255, 51, 51)  # 0.8 red, 0.2 white
+    assert tuple(pixels[bottom - 1, right - zoom * w]) == (255, 255, 255)
+    assert tuple(pixels[bottom - 1, right - 1]) == (0, 0, 0)
+    assert tuple(pixels[bottom - zoom * h, right - zoom * w - 1]) == (255, 255, 255)
+    assert tuple(pixels[bottom - zoom * h - 1, right - zoom * w]) == (255, 255, 255)

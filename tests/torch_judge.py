@@ -95,7 +95,7 @@ def loss(case: Case) -> Arrays:
 
 def layer(part: Layer, x: torch.Tensor, p: dict[str, torch.Tensor], at: str = "") -> torch.Tensor:
     """What a layer makes of x in training; p: its parameters by path, of which its own begin with
-    `at`."""
+    `at`. Where p has the running statistics of norms too, all is as in inference."""
     return _LAYERS[type(part).__name__](part, x, p, at)
 
 
@@ -118,8 +118,9 @@ def _dense_layer(part, x, p, at):
 
 
 def _batch_norm_layer(part, x, p, at):
-    z = F.batch_norm(x.movedim(-1, 1), None, None, p[at + "gamma"], p[at + "beta"],
-                     training=True, eps=part.epsilon).movedim(1, -1)
+    mean, var = p.get(at + "running_mean"), p.get(at + "running_var")
+    z = F.batch_norm(x.movedim(-1, 1), mean, var, p[at + "gamma"], p[at + "beta"],
+                     training=mean is None, eps=part.epsilon).movedim(1, -1)
     return ACTIVATIONS[part.activation](z)
 
 
@@ -151,6 +152,8 @@ _LAYERS = {
     "BatchNorm": _batch_norm_layer, "Dropout": _dropout_layer, "Sequential": _sequential,
     "Residual": _residual, "Concat": _concat,
     "GlobalAvgPool2D": lambda part, x, p, at: x.mean((1, 2)),
+    "MaxPool2D": lambda part, x, p, at: F.max_pool2d(
+        x.permute(0, 3, 1, 2), part.size, part.stride).permute(0, 2, 3, 1),
     "Flatten": lambda part, x, p, at: x.flatten(1),
     "ReLU": lambda part, x, p, at: F.relu(x),
     "LeakyReLU": lambda part, x, p, at: F.leaky_relu(x, part.slope),

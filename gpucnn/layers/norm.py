@@ -21,6 +21,8 @@ class BatchNorm(Layer):
     scale: whether gamma is learned; without it gamma is 1, and no parameter.
     momentum: the share of the newest batch in the running statistics. The running variance is
         unbiased (divided by count - 1), as in torch.
+    frozen: whether training too uses the running statistics, and leaves them as they are; it may
+        be changed between passes.
 
     Parameters: gamma (c,), 1, unless scale is False; beta (c,), 0. Buffers: running_mean,
     running_var (c,).
@@ -31,7 +33,7 @@ class BatchNorm(Layer):
     beta: Parameter
 
     def __init__(self, *, activation: str | None = None, momentum: float = 0.1,
-                 epsilon: float = 1e-5, scale: bool = True, **options):
+                 epsilon: float = 1e-5, scale: bool = True, frozen: bool = False, **options):
         super().__init__(**options)
         activations.check_name(self.where, activation, activations.FUSED_WITH_NORM)
         if not 0 < momentum <= 1:
@@ -41,6 +43,7 @@ class BatchNorm(Layer):
         self.momentum = momentum
         self.epsilon = epsilon
         self.scale = scale
+        self.frozen = frozen
         self.source: Layer | None = None  # whose output this layer is given
 
     def declare(self, input_shape: Shape) -> Shape:
@@ -104,12 +107,12 @@ class BatchNorm(Layer):
             raise ValueError(f"{self.where}: input has {x.shape[-1]} channels (last axis of "
                              f"{x.shape}), weights expect {self.gamma.size}")
         mean, var = self.own_buffers["running_mean"], self.own_buffers["running_var"]
-        if training and len(x):  # an empty batch has no statistics
+        moments = self._moments_of(x)
+        if training and len(x) and not self.frozen:  # an empty batch has no statistics
             if x.size < 2 * self.gamma.size:
                 raise ValueError(f"{self.where}: needs more than 1 value per channel in training, "
                                  f"got input {x.shape}")
-            mean, var = self.backend.batch_norm_statistics(x, mean, var, self.momentum,
-                                                           self._moments_of(x))
+            mean, var = self.backend.batch_norm_statistics(x, mean, var, self.momentum, moments)
         a = self.backend.batch_norm(x, mean, var, self.gamma.data, self.beta.data, self.epsilon,
                                     residual, activation)
         needed = self._needs_output(activation, residual is not None)
@@ -118,7 +121,8 @@ class BatchNorm(Layer):
 
     def _needs_output(self, activation: str | None, has_residual: bool) -> bool:
         """Whether the backward pass is to be given what the forward pass gave."""
-        return activation is not None and (has_residual or not self.backend.norm_recomputes)
+        return activation is not None and (has_residual or self.frozen
+                                           or not self.backend.norm_recomputes)
 
     def _moments_of(self, x: Array) -> Any:
         """What the layer before this one may have computed of x beside it."""
@@ -130,6 +134,11 @@ class BatchNorm(Layer):
     def _backward(self, da: Array, activation: str | None, has_residual: bool
                   ) -> tuple[Array, Array]:
         x, a, mean, var = self.take_saved()
-        return self.backend.batch_norm_backward(
+        dx, dz = self.backend.batch_norm_backward(
             self.receive_gradient(da, x.shape), x, a, mean, var, self.gamma.data, self.beta.data,
-            self.epsilon, activation, self.gamma.grad, self.beta.grad, has_residual)
+            self.epsilon, activation, self.gamma.grad, self.beta.grad, has_residual or self.frozen)
+        if self.frozen:  # mean and var do not depend on x: dx = gamma dz / sqrt(var + epsilon)
+            zero = self.backend.xp.zeros_like(mean)
+            dx = self.backend.batch_norm(dz, zero, var, self.gamma.data, zero, self.epsilon, None,
+                                         None)
+        return dx, dz

@@ -1,4 +1,4 @@
-"""The learning curves and the confusion matrix of a training run, as PNG files.
+"""Learning curves, confusion matrices, and maps over images, as PNG files.
 
 Everything is drawn on Figure objects rather than through pyplot, so that no display is needed and
 no global state of matplotlib changes.
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # From Okabe and Ito's palette, which colour-blind readers can tell apart.
 _TRAINING, _TEST = "#0072B2", "#D55E00"
 _TEXT_SIZE, _TITLE_SIZE = 11, 13
+_DPI = 200
+_LEAST_SIDE = 300  # pixels of an image, so that there is room for a title
 # Up to how many classes counts and names are written; beyond it there is no room for them.
 _MAX_COUNTS, _MAX_NAMES = 30, 100
 
@@ -126,6 +128,30 @@ def plot_confusion(matrix: np.ndarray, class_names: Sequence[str],
     _save(figure, path)
 
 
+def plot_overlay(image: np.ndarray, heat: np.ndarray, title: str,
+                 path: str | os.PathLike[str]) -> None:
+    """Write an image with a map laid over it in colours as a PNG file.
+
+    image: (h, w, 1 or 3) from 0 to 1. Each of its pixels becomes one, or in a small image a square
+        of them.
+    heat: (rows, columns) from 0 to 1, stretched over the whole image, as made by
+        `gpucnn.explain.grad_cam`. From 0, where the image stays as it is, over yellow to red.
+
+    Raises ImportError where matplotlib is missing, OSError where the file cannot be written.
+    """
+    h, w = image.shape[:2]
+    zoom = max(1, _LEAST_SIDE // max(h, w))
+    figure = _figure(zoom * w / _DPI, zoom * h / _DPI)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(image.squeeze(), "gray", vmin=0, vmax=1, interpolation="nearest",
+                extent=(0, w, h, 0))
+    axes.imshow(heat, "autumn_r", vmin=0, vmax=1, interpolation="bilinear", extent=(0, w, h, 0),
+                alpha=0.8 * heat)
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=_TEXT_SIZE, parse_math=False)
+    _save(figure, path)
+
+
 def _moving_average(values: np.ndarray, reach: int) -> np.ndarray:
     """The mean of each value and up to `reach` neighbours on either side."""
     if not values.size:
@@ -139,7 +165,7 @@ def _figure(width: float, height: float) -> Figure:
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height), dpi=200, facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
