@@ -38,6 +38,7 @@ class Evaluation(NamedTuple):
     accuracy: float           # the share classified right
     labels: np.ndarray        # (n,)
     predictions: np.ndarray   # (n,)
+    top5_accuracy: float      # the share whose class is among the five most probable
 
 
 def evaluate(model: Layer, batches: Batches) -> Evaluation:
@@ -45,7 +46,7 @@ def evaluate(model: Layer, batches: Batches) -> Evaluation:
 
     Raises DataError for a data set without samples, BackendError where memory runs out.
     """
-    loss, total = SoftmaxCrossEntropy(), 0.0
+    loss, total, among_five = SoftmaxCrossEntropy(), 0.0, 0
     labels: list[np.ndarray] = []
     predictions: list[np.ndarray] = []
     for x, t in batches:
@@ -59,12 +60,13 @@ def evaluate(model: Layer, batches: Batches) -> Evaluation:
         except MemoryError as e:
             raise memory.explain(e, model, (loss,), len(x)) from e
         total += float(value) * len(t)
+        among_five += int((_ranks(model, logits, t) < 5).sum())
         labels.append(np.asarray(backend_of(t).to_numpy(t)))
         predictions.append(model.backend.to_numpy(logits.argmax(axis=1)))
     if not labels:
         raise DataError("the data set has 0 samples; nothing to evaluate")
     t, p = np.concatenate(labels), np.concatenate(predictions)
-    return Evaluation(total / len(t), float((t == p).mean()), t, p)
+    return Evaluation(total / len(t), float((t == p).mean()), t, p, among_five / len(t))
 
 
 def predict(model: Layer, x: np.ndarray, names: list[str] | None = None) -> np.ndarray:
@@ -93,6 +95,15 @@ def predict(model: Layer, x: np.ndarray, names: list[str] | None = None) -> np.n
             raise ValueError(f"the probabilities of {called(i)} are not finite; the model may have "
                              "diverged: train it again with a lower learning rate")
     return probabilities
+
+
+def _ranks(model: Layer, logits: Array, t: Array) -> Array:
+    """How many classes come before the right one: (n,). Of equal ones the first counts, as in
+    argmax; NaN comes before all."""
+    xp, labels = model.backend.xp, model.backend.asarray(t)
+    right = logits[xp.arange(len(labels)), labels][:, None]
+    earlier = xp.arange(logits.shape[1]) < labels[:, None]
+    return (~(logits <= right) | ((logits == right) & earlier)).sum(axis=1)
 
 
 def _logits(model: Layer, x: Array) -> Array:
