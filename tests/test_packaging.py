@@ -144,6 +144,7 @@ def test_quick_start_is_two_commands():
 
 
 def test_the_readmes_python_runs(tmp_path):
+    pytest.importorskip("sklearn", reason="needs scikit-learn: pip install 'gpucnn[sklearn]'")
     readme = (ROOT / "README.md").read_text()
     code = "\n".join(re.findall(r"^```python\n(.*?)^```", readme, re.S | re.M))
     assert code.count("import") > 4

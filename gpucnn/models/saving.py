@@ -36,18 +36,10 @@ def save_model(model: Layer, path: PathLike, **metadata: Any) -> None:
     path = _checked(path)
     if not model.built:
         raise RuntimeError("save_model needs a built model; call model.build(input_shape)")
-    to_numpy = model.backend.to_numpy
-    arrays = {name: to_numpy(p.data) for name, p in model.parameters().items()}
-    arrays |= {name: to_numpy(layer.own_buffers[key])
-               for name, (layer, key) in model.buffers().items()}
-    # safetensors writes the memory as it lies, which for a transposed view is another array.
-    arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
-    description = {"format": FORMAT, "gpucnn": __version__, "input_shape": model.input_shape,
-                   "dtype": str(model.precision.parameters), "precision": model.precision.name,
-                   "model": model.config(), "metadata": metadata}
+    description = {"format": FORMAT, "gpucnn": __version__, **describe(model), "metadata": metadata}
     try:
         text = json.dumps(description, indent=1)
-        write_atomically(path, safetensors.numpy.save(arrays, {"format": str(FORMAT)}))
+        write_atomically(path, safetensors.numpy.save(arrays_of(model), {"format": str(FORMAT)}))
         write_atomically(path.with_suffix(".json"), text.encode())
     except OSError as e:
         raise CheckpointError(f"cannot write {one_line(path)}: {e.strerror or e}") from e
@@ -69,9 +61,7 @@ def load_model(path: PathLike, precision: str | None = None) -> tuple[Layer, dic
         make_precision("load_model", precision, get_backend().name)
     description = _read_description(path.with_suffix(".json"))
     try:
-        model = from_config(description["model"])
-        model.build(tuple(description["input_shape"]),
-                    precision=precision or _saved_precision(description, model))
+        model = build_described(description, precision)
     except (KeyError, TypeError, ValueError, OverflowError, MemoryError, RecursionError,
             ModelFormatError) as e:
         cause = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) else e
@@ -87,7 +77,38 @@ def load_weights(model: Layer, path: PathLike) -> None:
     the model is unchanged.
     """
     path = _checked(path)
-    saved = _read_arrays(path)
+    set_arrays(model, _read_arrays(path), one_line(path))
+
+
+def describe(model: Layer) -> dict[str, Any]:
+    """How to build the model again: what build_described() takes, and JSON can hold."""
+    return {"input_shape": model.input_shape, "dtype": str(model.precision.parameters),
+            "precision": model.precision.name, "model": model.config()}
+
+
+def build_described(description: dict[str, Any], precision: str | None = None) -> Layer:
+    """The model of describe(), built on the backend in use now; precision: as in load_model."""
+    model = from_config(description["model"])
+    model.build(tuple(description["input_shape"]),
+                precision=precision or _saved_precision(description, model))
+    return model
+
+
+def arrays_of(model: Layer) -> dict[str, np.ndarray]:
+    """The parameters and buffers of a built model, by path, on the host."""
+    to_numpy = model.backend.to_numpy
+    arrays = {name: to_numpy(p.data) for name, p in model.parameters().items()}
+    arrays |= {name: to_numpy(layer.own_buffers[key])
+               for name, (layer, key) in model.buffers().items()}
+    # safetensors writes the memory as it lies, which for a transposed view is another array.
+    return {name: np.ascontiguousarray(a) for name, a in arrays.items()}
+
+
+def set_arrays(model: Layer, saved: dict[str, np.ndarray], source: str) -> None:
+    """Copy what arrays_of() gave into a model of the same layers.
+
+    Raises CheckpointError that lists everything that does not fit; then the model is unchanged.
+    """
     parameters, buffers = model.parameters(), model.buffers()
     stored = model.precision.parameters
     wanted = {name: (p.shape, stored) for name, p in parameters.items()}
@@ -101,7 +122,7 @@ def load_weights(model: Layer, path: PathLike) -> None:
         elif name in saved and saved[name].dtype != dtype:
             problems.append(f"{name} is {saved[name].dtype}, model wants {dtype}")
     if problems:
-        raise CheckpointError(f"{one_line(path)} does not fit this model: {'; '.join(problems)}")
+        raise CheckpointError(f"{source} does not fit this model: {'; '.join(problems)}")
     for name, p in parameters.items():
         p.data[...] = model.backend.asarray(saved[name])
     model.cast_parameters()
