@@ -77,6 +77,13 @@ def first_layers() -> Layer:
         GELU(), MaxPool2D(2), Flatten(), Dense(10), Scale(0.5)])
 
 
+def frozen_norms() -> Layer:
+    return Sequential([
+        conv(16), BatchNorm(activation="relu", frozen=True), BatchNorm(frozen=True),
+        Residual(Sequential([conv(16), BatchNorm(frozen=True)]), activation="relu"),
+        GlobalAvgPool2D(), Dense(10)])
+
+
 # The net, the shape of an image, and a batch: on NumPy and, where each element takes longer, in
 # the simulator. Activations and what passes take beside make up most of what is compared.
 NETS = {
@@ -87,6 +94,7 @@ NETS = {
     "residual": (residuals, (16, 16, 3), 64, 8),
     "pooling": (poolings, (16, 16, 3), 128, 8),
     "first layers": (first_layers, (16, 16, 3), 512, 8),
+    "frozen norms": (frozen_norms, (16, 16, 3), 64, 8),
 }
 
 

@@ -93,7 +93,11 @@ class BatchNorm(Layer):
         x = self.nbytes(batch, self.input_shape)
         saves = "xy" if self._needs_output(activation, has_residual) else "x"
         both = 2 * self.gamma.size * self.precision.parameters.itemsize  # mean and var
-        return LayerMemory(saves, other=both, backward=((saves, 0),),
+        backward: tuple[tuple[str, int], ...] = ((saves, 0),)
+        if self.frozen:  # the dx of statistics that depend on x comes first, and goes
+            dz = x if activation and not has_residual else 0
+            backward = ((saves, x + dz), ("", dz))
+        return LayerMemory(saves, other=0 if self.frozen else both, backward=backward,
                            buffers=both if self.scale else 2 * both, scratch={
                                "batch_norm": self.backend.scratch_bytes(batch, x, x)})
 
@@ -138,6 +142,7 @@ class BatchNorm(Layer):
             self.receive_gradient(da, x.shape), x, a, mean, var, self.gamma.data, self.beta.data,
             self.epsilon, activation, self.gamma.grad, self.beta.grad, has_residual or self.frozen)
         if self.frozen:  # mean and var do not depend on x: dx = gamma dz / sqrt(var + epsilon)
+            del x, a, dx  # before there is memory for it
             zero = self.backend.xp.zeros_like(mean)
             dx = self.backend.batch_norm(dz, zero, var, self.gamma.data, zero, self.epsilon, None,
                                          None)
