@@ -11,7 +11,7 @@ from gpucnn.backend import Array
 from gpucnn.data import check_labels
 from gpucnn.geometry import is_int
 from gpucnn.layers import AvgPool2D, BatchNorm, Dropout, Layer, MaxPool2D, Sequential
-from gpucnn.training.step import receive
+from gpucnn.training.plain import receive
 
 
 def grad_cam(model: Layer, x: Any, class_index: Any = None, layer: str | None = None
