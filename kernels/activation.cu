@@ -7,6 +7,7 @@
 // The launcher defines ACTIVATION, which says what g is.
 
 #include "activation.cuh"
+#include "reduce.cuh"
 
 extern "C" __global__ void activate_sum(
     const scalar_t* __restrict__ z, const scalar_t* __restrict__ other_or_null,
@@ -45,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) activation_backwar
     const scalar_t* __restrict__ da, const scalar_t* __restrict__ a,
     scalar_t* __restrict__ dz_or_null, accum_t* __restrict__ slabs, long long rows, int c)
 {
-    __shared__ accum_t lane_sums[THREADS * VEC];
+    __shared__ accum_t shared[THREADS / 2 * VEC];
     const int cv = c / VEC, across = cv < THREADS ? cv : THREADS, lanes = THREADS / across;
     const int lane = threadIdx.x / across, first = threadIdx.x % across;
     const index_t band = (rows + gridDim.x - 1) / gridDim.x, start = blockIdx.x * band;
@@ -63,14 +64,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) activation_backwar
                 }
                 if (dz_or_null) store(dz_or_null, row * cv + here, g);
             }
-        for (int v = 0; v < VEC; ++v) lane_sums[threadIdx.x * VEC + v] = sum.at[v];
-        __syncthreads();
+        add_lanes<THREADS>(sum.at, shared, lane, lanes, across);
         if (lane == 0 && here < cv)
-            for (int v = 0; v < VEC; ++v) {
-                accum_t total = 0;
-                for (int l = 0; l < lanes; ++l) total += lane_sums[(l * across + first) * VEC + v];
-                slabs[((index_t)blockIdx.x * cv + here) * VEC + v] = total;
-            }
-        __syncthreads();
+            for (int v = 0; v < VEC; ++v)
+                slabs[((index_t)blockIdx.x * cv + here) * VEC + v] = sum.at[v];
     }
 }

@@ -9,17 +9,22 @@
 // VEC channels of the output.
 
 #include "activation.cuh"
+#include "reduce.cuh"
 
 // What VEC output channels, number o of such groups, read at a pixel: each its own channel where
 // the convolution is depthwise, all of them input number i otherwise. 0 in the padding, which is
-// multiplied like any other value: a weight that is not finite shows there as everywhere.
-static __device__ Scalars inputs_of(const scalar_t* x, bool inside, index_t pixel, int c, int o,
-                                    int i) {
-    if (!inside) return zeros();
-    Scalars s;
-    if (DEPTHWISE) s = load(x, pixel * (c / VEC) + o);
-    else for (int v = 0; v < VEC; ++v) s.at[v] = x[pixel * c + i];
-    return s;
+// multiplied like any other value: a weight that is not finite shows there as everywhere. `pixel` is
+// 0 then, and read: reads behind branches would wait for one another.
+static __device__ Sums inputs_of(const scalar_t* x, bool inside, index_t pixel, int c, int o,
+                                 int i) {
+    Sums read;
+    if (DEPTHWISE) {
+        Scalars s = load(x, pixel * (c / VEC) + o);
+        for (int v = 0; v < VEC; ++v) read.at[v] = (accum_t)s.at[v];
+    } else
+        for (int v = 0; v < VEC; ++v) read.at[v] = (accum_t)x[pixel * c + i];
+    for (int v = 0; v < VEC; ++v) read.at[v] = inside ? read.at[v] : 0;
+    return read;
 }
 
 // One thread computes VEC channels of one pixel.
@@ -39,12 +44,12 @@ extern "C" __global__ void conv_direct(
             for (int kx = 0; kx < kw; ++kx) {
                 int ix = p.x * sw - left + kx * dw;
                 bool inside = iy >= 0 && iy < h && ix >= 0 && ix < w;
-                index_t pixel = offset_of(p.n, iy, ix, 0, h, w, 1);
+                index_t pixel = inside ? offset_of(p.n, iy, ix, 0, h, w, 1) : 0;
                 for (int ic = 0; ic < inputs; ++ic) {
-                    Scalars read = inputs_of(x, inside, pixel, c, p.c, ic);
+                    Sums read = inputs_of(x, inside, pixel, c, p.c, ic);
                     Scalars weights = load(filters, offset_of(ky, kx, ic, p.c, kw, inputs, cv));
                     for (int v = 0; v < VEC; ++v)
-                        sum.at[v] += (accum_t)read.at[v] * (accum_t)weights.at[v];
+                        sum.at[v] += read.at[v] * (accum_t)weights.at[v];
                 }
             }
         }
@@ -83,15 +88,16 @@ extern "C" __global__ void conv_depthwise_input_gradient(
 // in registers and walks over pixels; where c_out is small, several lanes of a block share its
 // band. sum_splits.cu adds the slabs.
 //
-// BLOCKS: that a multiprocessor must have registers for, of which the compiler would leave too few.
-constexpr int THREADS = 256, BLOCKS = VEC == 4 ? 2 : 0;
+// BLOCKS: on a multiprocessor at a time, as many as are launched; left to itself the compiler takes
+// more registers than that, or fewer and local memory.
+constexpr int THREADS = 256, BLOCKS = 2;
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_direct_weight_gradient(
     const scalar_t* __restrict__ x, const scalar_t* __restrict__ dz, accum_t* __restrict__ slabs,
     int n, int h, int w, int c, int oh, int ow, int kh, int kw, int sh, int sw, int top, int left,
     int dh, int dw, int c_out)
 {
-    __shared__ accum_t lane_sums[THREADS * VEC];
+    __shared__ accum_t shared[THREADS / 2 * VEC];
     const int cv = c_out / VEC, inputs = DEPTHWISE ? 1 : c, terms = kh * kw * inputs;
     const int across = cv < THREADS ? cv : THREADS, lanes = THREADS / across;
     const int lane = threadIdx.x / across, o = blockIdx.y * across + threadIdx.x % across;
@@ -118,22 +124,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_direct_weight
                 int iy = p.y * sh + from_y[t], ix = p.x * sw + from_x[t];
                 bool inside = iy >= 0 && iy < h && ix >= 0 && ix < w;
                 index_t pixel = inside ? offset_of(p.n, iy, ix, 0, h, w, 1) : 0;
-                Scalars read = inputs_of(x, inside, pixel, c, o, input[t]);
-                for (int v = 0; v < VEC; ++v)
-                    sums[t][v] += (accum_t)read.at[v] * (accum_t)g.at[v];
+                Sums read = inputs_of(x, inside, pixel, c, o, input[t]);
+                for (int v = 0; v < VEC; ++v) sums[t][v] += read.at[v] * (accum_t)g.at[v];
             }
         }
 #pragma unroll
     for (int t = 0; t < TERMS; ++t) {
-        for (int v = 0; v < VEC; ++v) lane_sums[threadIdx.x * VEC + v] = sums[t][v];
-        __syncthreads();
+        add_lanes<THREADS>(sums[t], shared, lane, lanes, across);
         if (working && lane == 0 && first_term + t < terms)
-            for (int v = 0; v < VEC; ++v) {
-                accum_t total = 0;
-                for (int l = 0; l < lanes; ++l)
-                    total += lane_sums[(l * across + threadIdx.x) * VEC + v];
-                slabs[(((index_t)blockIdx.x * terms + first_term + t) * cv + o) * VEC + v] = total;
-            }
-        __syncthreads();
+            for (int v = 0; v < VEC; ++v)
+                slabs[(((index_t)blockIdx.x * terms + first_term + t) * cv + o) * VEC + v] =
+                    sums[t][v];
     }
 }

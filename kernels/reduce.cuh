@@ -17,3 +17,24 @@ static __device__ T over_block(T value, T* of_warps, Combine combine) {
 template <class T> static __device__ T block_sum(T value, T* of_warps) {
     return over_block(value, of_warps, [](T a, T b) { return a + b; });
 }
+
+// The sum of each of COUNT values over the lanes of a block, thread lane * across + column: lane 0
+// of a column finds it in `values`. In pairs, so in an order that depends on `lanes` alone; one lane
+// that added what all others left would take longer than their work where there are hundreds.
+//
+// shared: COUNT values for each two of THREADS threads.
+template <int THREADS, int COUNT>
+static __device__ void add_lanes(accum_t (&values)[COUNT], accum_t* shared, int lane, int lanes,
+                                 int across) {
+    for (int left = lanes; left > 1;) {
+        const int kept = (left + 1) / 2, partner = (int)threadIdx.x - kept * across;
+        if (lane >= kept && lane < left)
+            for (int v = 0; v < COUNT; ++v) shared[v * (THREADS / 2) + partner] = values[v];
+        __syncthreads();
+        if (lane < left - kept)
+            for (int v = 0; v < COUNT; ++v)
+                values[v] += shared[v * (THREADS / 2) + (int)threadIdx.x];
+        __syncthreads();
+        left = kept;
+    }
+}

@@ -123,18 +123,25 @@ BUGS = {
             "((index_t)own.split * terms + k)", "((index_t)0 * terms + k)"),
     },
     ("weight gradient", "sum_splits.cu"): {
-        "the first slab alone is the sum": ("int s = 1", "int s = 2"),
+        "the first slab alone is the sum": ("int first = 1", "int first = 2"),
+        "the last slab is added again": ("if (first + k < splits) total", "total"),
     },
     ("direct", "conv_direct.cu"): {
         "no dilation": ("p.x * sw - left + kx * dw", "p.x * sw - left + kx"),
         "the first input for each": ("x[pixel * c + i]", "x[pixel * c]"),
+        "the padding is the first pixel": ("inside ? read.at[v] : 0", "read.at[v]"),
     },
     ("direct weight gradient", "conv_direct.cu"): {
         "the last pixels are in no band": (
             "(pixels + gridDim.x - 1) / gridDim.x", "pixels / gridDim.x"),
-        "the first lane is left out": ("int l = 0; l < lanes", "int l = 1; l < lanes"),
-        "lanes are overwritten": ("        __syncthreads();\n    }\n}", "    }\n}"),
         "a term too many is written": ("&& first_term + t < terms)", ")"),
+    },
+    ("direct weight gradient", "reduce.cuh"): {
+        "the odd lane is left out": ("(left + 1) / 2", "left / 2"),
+        "lanes are read before they are there": (
+            "__syncthreads();\n        if (lane < left - kept)", "if (lane < left - kept)"),
+        "lanes are overwritten": ("        __syncthreads();\n        left = kept;",
+                                  "        left = kept;"),
     },
     ("depthwise", "common.cuh"): {
         "taps between those of the filter": ("if (kx % dw != 0) continue;", ""),
@@ -143,9 +150,11 @@ BUGS = {
         "the slope at 0 is 1": ("return a <= 0 ? 0 : da", "return a < 0 ? 0 : da"),
     },
     ("activation", "activation.cu"): {
-        "sums are added before they are there": (
-            "__syncthreads();\n        if (lane == 0", "if (lane == 0"),
-        "lane 0 alone": ("l < lanes; ++l", "l < 1; ++l"),
+        "columns past the last are written": ("lane == 0 && here < cv", "lane == 0"),
+        "the sum of one row": ("sum.at[v] += dz", "sum.at[v] = dz"),
+    },
+    ("activation", "reduce.cuh"): {
+        "lane 0 alone": ("int left = lanes; left > 1", "int left = lanes; left > 9999"),
     },
 }
 PLANTED = {name: (check, file, *change) for (check, file), bugs in BUGS.items()

@@ -52,6 +52,11 @@ BUGS = {
     "B: columns are put where they are not read": Bug(
         TENSOR, "b + column_offset<TILE_N>(row, b_piece)",
         "b + row * column_pitch<TILE_N> + b_piece * 16", WRONG, "y", FLOAT16),
+    "dw: a stage ends where a row does": Bug(
+        "implicit_gemm.cuh", "x += step.x;", "", WRONG, "dw", FLOAT16, shape=Shape((2, 8, 5))),
+    "dw: a stage stays within its image": Bug(
+        "implicit_gemm.cuh", "image += step.image + next;", "image += step.image;", WRONG, "dw",
+        FLOAT16, shape=Shape((3, 8, 5))),
     "dw: columns are put where they are not read": Bug(
         WEIGHTS, "column_offset<TILE_N>(b_row + i * B_ROWS, b_piece)",
         "column_offset<TILE_N>(b_row + i * B_ROWS, b_piece ^ 1)", WRONG, "dw", BFLOAT16),

@@ -99,6 +99,8 @@ GEOMETRIES = {
     "groups, stride and ragged images": Shape((3, 5, 5), (2, 2), depth=3, filters=2, groups=2,
                                               stride=(2, 2), padding=1),
     "a tile ends in each image": Shape((9, 2, 2), (2, 2), filters=5, padding=1),
+    "many images within a stage": Shape((40, 1, 1), (1, 1)),
+    "a stage ends in the midst of each image": Shape((9, 3, 3), padding=1),
     "a wide kernel": Shape((1, 6, 9), (5, 7), padding=3),
     "empty batch": Shape((0, 4, 4), padding=1),
 }
