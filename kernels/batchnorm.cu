@@ -195,6 +195,7 @@ static __device__ Sums load_dz(const scalar_t* dy, const scalar_t* y_or_null, in
 
 struct Gradients {
     Sums dbeta, dgamma;
+    accum_t gap;  // makes it an odd number of words, as Moments is: neighbours' in other banks
 
     __device__ void merge(const Gradients& other) {
         for (int v = 0; v < VEC; ++v) {
