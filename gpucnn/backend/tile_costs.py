@@ -30,15 +30,16 @@ def estimated(speed: float) -> Cost:
 
 
 # Fitted to what scripts/gpu_check.py measured on an H100 (sm_90) in float16, in the order of
-# TENSOR_TILES, then WGMMA_TILES, of cuda_convolution.py: 64 forward passes and input gradients of
-# the article's network, airbench94, ResNet-18 and ResNet-50 in all tiles, from which the choice by
-# these costs is 1.01 times the best on average, and 32 weight gradients. `resident` follows from
-# registers and shared memory. wgmma doubles the rate of products, but a block of it begins and
-# ends at higher cost, with none beside it to fill the gap: so it takes long sums.
+# TENSOR_TILES, then WGMMA_TILES, of cuda_convolution.py: 65 forward passes and input gradients of
+# the article's network, airbench94, ResNet-18 and ResNet-50 in all tiles, of which the choice by
+# these costs takes 1.01 times the best on average. `resident` follows from registers and shared
+# memory. wgmma doubles the rate of products, but a block of it begins and ends at higher cost, with
+# none beside it to fill the gap: so it takes long sums.
 MEASURED = (Cost(2, 1.00, 150, 0.6), Cost(3, 1.06, 200, 0.6), Cost(4, 1.20, 220, 0.6),
             Cost(4, 1.40, 240, 0.6), Cost(8, 2.60, 340, 0.6),
             Cost(1, 0.62, 425), Cost(1, 0.51, 300), Cost(2, 0.73, 390, 0.6))
-# Of the weight gradient both factors are gathered, which wgmma cannot hide; it ends at no cost.
+# Weight gradients, of images of 28 pixels and more: in smaller ones the kernel was slower then than
+# it is now. Both factors lie in columns, which slows wgmma down; an end costs little in long sums.
 MEASURED_WEIGHT_GRADIENT = (
     Cost(2, 1.03, 0, 0.6), Cost(3, 1.30, 0, 0.6), Cost(4, 1.35, 0, 0.6),
     Cost(4, 1.65, 0, 0.6), Cost(8, 2.60, 0, 0.6),
