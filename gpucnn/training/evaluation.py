@@ -69,6 +69,22 @@ def evaluate(model: Layer, batches: Batches) -> Evaluation:
     return Evaluation(total / len(t), float((t == p).mean()), t, p, among_five / len(t))
 
 
+def log_probabilities(model: Layer, batches: Batches) -> tuple[np.ndarray, np.ndarray]:
+    """The labels (n,) of all batches of (images, labels), and the logarithms of the probabilities
+    that the model gives each class: float32 (n, classes), not finite where the model has diverged.
+
+    Raises DataError for a data set without samples, BackendError where memory runs out.
+    """
+    labels: list[np.ndarray] = []
+    rows: list[np.ndarray] = []
+    for x, t in batches:
+        labels.append(np.asarray(backend_of(t).to_numpy(t)))
+        rows.append(_log_probabilities(model, x))
+    if not sum(map(len, labels)):
+        raise DataError("the data set has 0 samples; nothing to evaluate")
+    return np.concatenate(labels), np.concatenate(rows)
+
+
 def predict(model: Layer, x: np.ndarray, names: list[str] | None = None) -> np.ndarray:
     """The probability of each class for images x (n, h, w, c) on the host: float32 (n, classes).
 
@@ -83,13 +99,7 @@ def predict(model: Layer, x: np.ndarray, names: list[str] | None = None) -> np.n
         wrong = int(np.isnan(image).sum())
         if wrong:
             raise ValueError(f"{called(i)} holds {wrong} NaN values")
-    backend = model.backend
-    try:
-        with np.errstate(over="ignore", invalid="ignore"):  # the probabilities show it
-            logits = _logits(model, receive(model, x))
-            probabilities = backend.to_numpy(backend.xp.exp(log_softmax(backend.xp, logits)))
-    except MemoryError as e:
-        raise memory.explain(e, model, (), len(x)) from e
+    probabilities = np.exp(_log_probabilities(model, x))
     for i, row in enumerate(probabilities):
         if not np.isfinite(row).all():
             raise ValueError(f"the probabilities of {called(i)} are not finite; the model may have "
@@ -104,6 +114,16 @@ def _ranks(model: Layer, logits: Array, t: Array) -> Array:
     right = logits[xp.arange(len(labels)), labels][:, None]
     earlier = xp.arange(logits.shape[1]) < labels[:, None]
     return (~(logits <= right) | ((logits == right) & earlier)).sum(axis=1)
+
+
+def _log_probabilities(model: Layer, x: Array) -> np.ndarray:
+    """On the host."""
+    xp = model.backend.xp
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):  # they show it
+            return model.backend.to_numpy(log_softmax(xp, _logits(model, receive(model, x))))
+    except MemoryError as e:
+        raise memory.explain(e, model, (), len(x)) from e
 
 
 def _logits(model: Layer, x: Array) -> Array:

@@ -3,9 +3,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +16,7 @@ from gpucnn.layers import Layer, from_config
 from gpucnn.layers.summary import first_layer
 from gpucnn.models import MODELS
 from gpucnn.precision import make_precision
+from gpucnn.training.profiling import time_steps
 from scripts.contestants import LEARNING_RATE, Task, copied_bytes, gemm_size, images, labels
 from scripts.contestants.layer_memory import Meter, beside_prediction
 from scripts.contestants.workloads import SPLIT
@@ -219,46 +218,16 @@ def profile(contestant: Contestant, steps: int) -> dict[str, Any]:
     """
     if contestant.meter is not None:
         return beside_prediction(contestant.meter, contestant)
-    times: dict[str, list[float]] = defaultdict(list)
-    running: set[str] = set()
-
-    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*arguments: Any, **options: Any) -> Any:
-            if name in running:  # forward() in a forward_added() that has no pass of its own
-                return call(*arguments, **options)
-            running.add(name)
-            contestant.synchronize()
-            started = time.perf_counter()
-            result = call(*arguments, **options)
-            contestant.synchronize()
-            times[name].append(time.perf_counter() - started)
-            running.remove(name)
-            return result
-        return wrapper
-
-    leaves = [layer for layer in contestant.model.walk() if not layer.children()]
-    for layer in leaves:
-        for name in ("forward", "backward"):
-            for method in (name, f"{name}_added"):
-                setattr(layer, method, timed(f"{layer.path} {name}", getattr(layer, method)))
-        if type(layer).backward_parameters is not Layer.backward_parameters:
-            vars(layer)["backward_parameters"] = timed(f"{layer.path} backward",
-                                                       layer.backward_parameters)
-    contestant.loss = timed("loss", contestant.loss)
-    vars(contestant.optimizer)["step"] = timed("optimiser", contestant.optimizer.step)
-    step = timed("step", contestant.parts)
-    for _ in range(steps):
-        step()
-    # What has nothing to learn before it has no backward pass.
-    median = defaultdict(float, {name: statistics.median(t) for name, t in times.items()})
+    times = time_steps(contestant.model, contestant.loss, contestant.optimizer, contestant.x,
+                       contestant.t, steps)
     first = first_layer(contestant.model)
     rows = [{"layer": layer.path, "class": type(layer).__name__,
              "output_shape": layer.output_shape, "forward_flops": flops(layer, contestant.batch),
              # The input gradient of the first one is not computed.
              "backward_flops": (1 if layer is first else 2) * flops(layer, contestant.batch),
-             "forward": median[f"{layer.path} forward"],
-             "backward": median[f"{layer.path} backward"]} for layer in leaves]
-    return {"rows": rows, **{name: median[name] for name in ("loss", "optimiser", "step")},
+             **{name: times.passes[layer.path, name] for name in ("forward", "backward")}}
+            for layer in contestant.model.walk() if not layer.children()]
+    return {"rows": rows, "loss": times.loss, "optimiser": times.update, "step": times.step,
             "steps": steps}
 
 

@@ -16,9 +16,8 @@ import numpy as np
 from gpucnn.backend import Backend
 from gpucnn.layers import Layer, Sequential
 from gpucnn.layers.memory import step_memory
+from gpucnn.training.profiling import wrapped_passes
 
-FORWARD = ("forward", "forward_added")
-BACKWARD = ("backward", "backward_parameters", "backward_added")
 Place = tuple[str, str]  # a layer's path, and forward or backward
 
 
@@ -46,13 +45,7 @@ class Meter:
         """
         with self._nothing_kept():
             step()
-            with self._counted(), contextlib.ExitStack() as undo:
-                for layer in model.walk():
-                    for name in (*FORWARD, *BACKWARD):
-                        vars(layer)[name] = self._within(
-                            (layer.path, "forward" if name in FORWARD else "backward"),
-                            getattr(layer, name))
-                        undo.callback(vars(layer).pop, name)
+            with self._counted(), wrapped_passes(model.walk(), self._within):
                 if self._pool is None:
                     self._base = tracemalloc.get_traced_memory()[0] - _array_bytes()
                 self._note()  # the first step's peak
@@ -66,10 +59,10 @@ class Meter:
                              for name in ("forward", "backward")}} for layer in layers],
                 "peak": max(self.most.values())}
 
-    def _within(self, place: Place, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _within(self, layer: Layer, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*arguments: Any, **options: Any) -> Any:
             self._note()
-            self._places.append(place)
+            self._places.append((layer.path, name))
             try:
                 return call(*arguments, **options)
             finally:
