@@ -17,6 +17,7 @@ from gpucnn.data import Dataset
 from gpucnn.files import one_line
 from gpucnn.models import MODELS
 from gpucnn.precision import PRECISIONS
+from gpucnn.report import require_pillow
 from gpucnn.training.run_folder import CONFIG_FILE, new_folder, run_folder
 from gpucnn.viz import require_matplotlib
 from scripts.train_run import Run, settings_of
@@ -124,6 +125,7 @@ def main(arguments: argparse.Namespace) -> int:
     check_arguments(arguments)
     require_tqdm()
     require_matplotlib()
+    require_pillow()
     train_set, test_set = cli.load_data(arguments)
     train_set = first(train_set, arguments.train_images)
     test_set = first(test_set, arguments.test_images)

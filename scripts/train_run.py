@@ -22,8 +22,10 @@ from gpucnn.data.loader import shuffled, to_float
 from gpucnn.errors import CheckpointError
 from gpucnn.files import one_line, write_atomically
 from gpucnn.layers import Whiten2D
+from gpucnn.layers.memory import step_memory
 from gpucnn.machine import git_commit
 from gpucnn.models import MODELS, load_model, save_model
+from gpucnn.report import write_report
 from gpucnn.training import Average, TrainStep, evaluate
 from gpucnn.training.checkpoints import Checkpoint, Checkpoints
 from gpucnn.training.loop import EpochRecord, StepRecord, Stopped, Training
@@ -218,6 +220,8 @@ class Run:
             **settings_of(arguments), "learning_rate": self.rate,
             "test_accuracy": test.accuracy, "test_loss": test.loss, "seconds": training.seconds,
             "images_per_second": self.train_images * training.epoch / training.seconds,
+            "step_memory_bytes": step_memory(model, model.input_shape, arguments.batch_size,
+                                             training.optimizer).peak,
             "epochs_made": training.epoch, "best_epoch": training.best_epoch,
             "train_set": self.train_set.name, "train_images": self.train_images,
             "test_images": len(test_set),
@@ -226,6 +230,7 @@ class Run:
             "backend": versions.pop("backend"), "device": versions.pop("device"),
             "cpu": versions.pop("cpu"), "versions": versions}
         write_json(self.folder / "metrics.json", figures)
+        write_report(self.folder, model, test_set, history=history, metrics=figures)
         if arguments.validation:
             print(f"test loss {test.loss:.4f}, test accuracy {test.accuracy:.4f}, after epoch "
                   f"{training.best_epoch if arguments.patience else training.epoch}")

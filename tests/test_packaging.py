@@ -34,6 +34,7 @@ train, test = fashion_mnist.load(subset=True)
 assert (len(train), len(test)) == (10000, 2000)
 assert (pathlib.Path(gpucnn.data.fashion_mnist_subset.__file__).parent / "LICENSE").exists()
 assert (pathlib.Path(gpucnn.__file__).parent / "py.typed").exists()
+assert (pathlib.Path(gpucnn.__file__).parent / "report" / "style.css").exists()
 print("found", gpucnn.__version__)
 """
 
@@ -83,7 +84,8 @@ def test_bare_checkout(source, tmp_path):
     look_around(source, tmp_path)
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate", "predict", "benchmark", "gpu_check"])
+@pytest.mark.parametrize("script", ["train", "evaluate", "predict", "report", "benchmark",
+                                    "gpu_check"])
 def test_scripts_of_a_bare_checkout(script, source, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(np.__file__).parents[1])}
     result = subprocess.run(

@@ -60,7 +60,7 @@ def test_training_leaves_what_it_promises(trained):
     assert sorted(p.name for p in out.iterdir()) == [
         "checkpoints", "config.toml", "confusion.png", "curves.png", "environment.json",
         "history.json", "log.csv", "log.jsonl", "metrics.json", "model.json", "model.safetensors",
-        "tensorboard"]
+        "report.html", "tensorboard"]
     assert result.stdout.splitlines()[-1] == str(out)
     assert result.stderr == "gpucnn: backend numpy (GPUCNN_BACKEND=numpy)\n"
     assert "epoch 1/1: loss " in result.stdout
@@ -297,7 +297,44 @@ def test_a_reader_that_goes_away_is_no_error(trained):
     assert "Error" not in errors
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate", "predict", "benchmark", "gpu_check"])
+def test_a_report_is_written_again_from_the_folder(trained, tmp_path):
+    out, _ = trained
+    again = tmp_path / "again"
+    shutil.copytree(out, again)
+    (again / "report.html").unlink()
+    result = run("scripts/report", again, as_module=False)
+    assert result.stdout == f"{again / 'report.html'}\n"
+    accuracy = json.loads((out / "metrics.json").read_text())["test_accuracy"]
+    for folder in (out, again):
+        assert f"<b>{100 * accuracy:.2f} %</b><span>of 100 images" in (
+            folder / "report.html").read_text(encoding="utf-8")
+    record = json.loads((again / "metrics.json").read_text())
+    (again / "metrics.json").write_text(json.dumps(record | {"train_set": "other"}))
+    result = run("scripts.report", again, code=2)
+    assert "trained on other, but the data are fashion-mnist-subset" in error_of(result)
+    (again / "model.safetensors").unlink()
+    assert "no such model" in error_of(run("scripts.report", again, code=1))
+
+
+def test_runs_are_compared(trained, tmp_path):
+    out, _ = trained
+    run("scripts.train", *SMALL, "--optimizer", "sgd", "--out", tmp_path / "other")
+    result = run("scripts.report", out, tmp_path / "other", cwd=tmp_path)
+    assert result.stdout == "compare.html\n"
+    page = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert '>optimizer</th><td>adam</td><td>sgd</td>' in page
+    run("scripts.report", out, out, "--out", tmp_path / "named.html")
+    assert (tmp_path / "named.html").exists()
+    for arguments, code, message in (
+            ((out, "--out", "x.html"), 2, "--out is for the comparison of several runs"),
+            ((out, out, "--out", tmp_path / "none" / "x.html"), 2, "is not a folder"),
+            ((out, tmp_path), 1, f"{tmp_path}: no run, which has a metrics.json or a history.json"),
+            ((tmp_path,), 1, "give a folder that scripts/train.py has written")):
+        assert message in error_of(run("scripts.report", *arguments, code=code))
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "predict", "report", "benchmark",
+                                    "gpu_check"])
 def test_help(script):
     text = run(f"scripts.{script}", "--help").stdout
     assert text.startswith(f"usage: {script}.py ")

@@ -81,12 +81,12 @@ def test_curves_of_odd_histories(tmp_path, epochs, losses):
     assert image.imread(tmp_path / "curves.png").shape[1] > 1000
 
 
-def test_moving_average_by_a_plain_loop(rng):
+def testmoving_average_by_a_plain_loop(rng):
     for n, reach in ((1, 0), (1, 3), (5, 2), (30, 4), (4, 9)):
         v = rng.random(n)
         expected = [v[max(0, i - reach):i + reach + 1].mean() for i in range(n)]
-        np.testing.assert_allclose(plots._moving_average(v, reach), expected)
-    assert plots._moving_average(np.array([]), 0).size == 0
+        np.testing.assert_allclose(plots.moving_average(v, reach), expected)
+    assert plots.moving_average(np.array([]), 0).size == 0
 
 
 def test_confusion_has_true_rows_predicted_columns_and_counts(tmp_path, saved):

@@ -56,7 +56,7 @@ def plot_curves(history: Mapping[str, Any], path: str | os.PathLike[str]) -> Non
 
     at_step = np.asarray(history["step"], float) / history["steps_per_epoch"]
     step_loss = np.asarray(history["step_loss"], float)
-    smooth_loss = _moving_average(step_loss, math.isqrt(len(step_loss)) // 2)
+    smooth_loss = moving_average(step_loss, math.isqrt(len(step_loss)) // 2)
     loss_axes.plot(at_step, step_loss, color=_TRAINING, alpha=0.3, linewidth=0.6,
                    label="training, each step")
     loss_axes.plot(at_step, smooth_loss, color=_TRAINING, linewidth=1.8,
@@ -152,7 +152,7 @@ def plot_overlay(image: np.ndarray, heat: np.ndarray, title: str,
     _save(figure, path)
 
 
-def _moving_average(values: np.ndarray, reach: int) -> np.ndarray:
+def moving_average(values: np.ndarray, reach: int) -> np.ndarray:
     """The mean of each value and up to `reach` neighbours on either side."""
     if not values.size:
         return values
