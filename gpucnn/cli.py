@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from gpucnn.backend import Backend, get_backend
-from gpucnn.data import Dataset, fashion_mnist
+from gpucnn.data import Dataset, open_dataset
+from gpucnn.data.sources import NAMED
 from gpucnn.errors import BackendError, DataError, GpucnnError, ModelFormatError
 from gpucnn.files import one_line
 from gpucnn.layers import Layer
@@ -77,19 +78,58 @@ def require_precision(name: str, backend: Backend) -> None:
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--data", choices=("subset", "full"), default="subset",
-                       help="Fashion-MNIST: the 10,000 + 2,000 images that ship with gpucnn, or "
-                            "all 70,000 (default: %(default)s)")
+    group.add_argument("--data", metavar="NAME|PATH", default="fashion-mnist-subset",
+                       help=f"one of {', '.join(NAMED)}; or the path of a folder of images (one "
+                            "folder a class, perhaps in train/ and test/) or of an .npz file "
+                            "(default: %(default)s, 10,000 + 2,000 images that ship with gpucnn)")
     group.add_argument("--data-dir", metavar="DIR",
-                       help="the folder of the four IDX files, for --data full; otherwise "
-                            "GPUCNN_DATA_DIR, the Debian package, the user's cache, or a download")
+                       help="the folder that holds a named data set; otherwise its sub-folder of "
+                            "GPUCNN_DATA_DIR, the user's cache, or a download")
+    group.add_argument("--image-size", type=image_size, metavar="HxW",
+                       help="stretch the images of a folder to so many pixels (default: 64x64)")
+    group.add_argument("--channels", type=int, choices=(1, 3),
+                       help="read the images of a folder as grey or RGB (default: RGB unless all "
+                            "are grey)")
+    group.add_argument("--test-share", type=share, metavar="S",
+                       help="of images without a test part, how many of each class to test on "
+                            "(default: 0.2)")
+    group.add_argument("--workers", type=positive_int, metavar="N",
+                       help="decode images in so many processes (default: one a core)")
+    add_max_pixels(group)
+    group.add_argument("--max-unpacked", type=positive_float, metavar="MB",
+                       help="refuse an .npz file whose arrays come to more (default: 100 times "
+                            "the file, at least 100)")
 
 
-def load_data(arguments: argparse.Namespace) -> tuple[Dataset, Dataset]:
-    """The training and the test set that the arguments name."""
-    if arguments.data_dir and arguments.data == "subset":
-        raise UsageError("--data-dir goes with --data full; the subset ships with gpucnn")
-    return fashion_mnist.load(arguments.data_dir, subset=arguments.data == "subset")
+def add_max_pixels(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument("--max-pixels", type=positive_float, metavar="MPX",
+                        help="refuse images of more million pixels (default: Pillow's 89)")
+
+
+def load_data(arguments: argparse.Namespace, input_shape: tuple[int, ...] | None = None
+              ) -> tuple[Dataset, Dataset]:
+    """The training and the test set that the arguments name.
+
+    input_shape: the (h, w, c) of a model, which folders of images are then read as where the
+    arguments do not say otherwise.
+    """
+    options = {name: getattr(arguments, name) for name in (
+        "data_dir", "image_size", "channels", "test_share", "workers")}
+    if arguments.image_size:
+        options["image_size"] = tuple(int(side) for side in arguments.image_size.split("x"))
+    if input_shape and Path(arguments.data).is_dir():
+        options["image_size"] = options["image_size"] or input_shape[:2]
+        options["channels"] = options["channels"] or input_shape[2]
+    try:
+        return open_dataset(arguments.data, **options, max_pixels=millions(arguments.max_pixels),
+                            max_unpacked=millions(arguments.max_unpacked))
+    except ValueError as e:
+        raise UsageError(str(e)) from e
+
+
+def millions(value: float | None) -> int | None:
+    """So many millions, or None for None."""
+    return None if value is None else round(value * 10**6)
 
 
 def add_run_argument(parser: argparse.ArgumentParser) -> None:
@@ -144,6 +184,14 @@ def nonnegative_int(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be >= 0, got {text}")
     return value
+
+
+def image_size(text: str) -> str:
+    """An argparse type: HxW, or one number for both; as HxW, which TOML can hold."""
+    sides = [positive_int(side) for side in text.lower().split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"must be HxW, such as 64x64, got {text}")
+    return f"{sides[0]}x{sides[-1]}"
 
 
 def positive_float(text: str) -> float:

@@ -42,7 +42,7 @@ def main(arguments: argparse.Namespace) -> None:
         cli.require_folder_of(f"--{option}", getattr(arguments, option))
     cli.choose_backend()
     model, classes = cli.load_run(arguments.run)
-    train_set, test_set = cli.load_data(arguments)
+    train_set, test_set = cli.load_data(arguments, model.input_shape)
     dataset = train_set if arguments.part == "train" else test_set
     check_fits(model, classes, dataset)
     result = evaluate(model, Loader(dataset, arguments.batch_size).epoch())

@@ -39,10 +39,11 @@ class Source(NamedTuple):
     name: str
     file: str | bytes
 
-    def read(self, size: tuple[int, int] | None, channels: int) -> np.ndarray:
+    def read(self, size: tuple[int, int] | None, channels: int, max_pixels: int | None = None
+             ) -> np.ndarray:
         """As read_image(), and refuses NaN, which is no colour."""
         called = "standard input" if self.name == STANDARD_INPUT else one_line(self.name)
-        image = read_image(self.file, size, channels, name=called)
+        image = read_image(self.file, size, channels, name=called, max_pixels=max_pixels)
         if wrong := int(np.isnan(image).sum()):
             raise DataError(f"{called}: not a readable image (it holds {wrong} NaN values)")
         return image
@@ -76,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     cli.add_run_argument(p)
     p.add_argument("--top", type=cli.positive_int, default=3, metavar="K",
                    help="how many classes to show (default: %(default)s)")
+    cli.add_max_pixels(p)
     p.add_argument("--invert", action="store_true",
                    help="exchange black and white: Fashion-MNIST shows light things on black")
     p.add_argument("--format", choices=FORMATS, default="table",
@@ -140,13 +142,14 @@ def predictions(model: Layer, classes: list[str], sources: list[Source],
                 advance: Callable[[int], object]) -> Iterator[list[Prediction]]:
     """Those of a batch at a time."""
     h, w, c = model.input_shape
-    overlays = Overlays(arguments.explain) if arguments.explain else None
+    limit = cli.millions(arguments.max_pixels)
+    overlays = Overlays(arguments.explain, limit) if arguments.explain else None
     for start in range(0, len(sources), arguments.batch_size):
         batch = sources[start:start + arguments.batch_size]
         images, readable = [], []
         for source in batch:
             try:
-                images.append(source.read((h, w), c))
+                images.append(source.read((h, w), c, limit))
                 readable.append(source)
             except (DataError, OSError) as e:
                 skip(explained(source, e))
@@ -175,8 +178,8 @@ class Overlays:
     """Writes pictures into a folder: cat.jpg's is cat.gradcam.png, the next of that name
     cat-2.gradcam.png."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, max_pixels: int | None = None):
+        self.folder, self.max_pixels = folder, max_pixels
         self.numbers: Counter[str] = Counter()
         self.written: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
@@ -185,7 +188,8 @@ class Overlays:
         """The prediction, with the path of the map over the image in its own size."""
         name, probability = prediction.top[0]
         path = self.folder / self.name_for(source.name)
-        plot_overlay(source.read(None, 3), heat, f"{one_line(name)} {probability:.1%}", path)
+        plot_overlay(source.read(None, 3, self.max_pixels), heat,
+                     f"{one_line(name)} {probability:.1%}", path)
         return prediction._replace(overlay=str(path))
 
     def name_for(self, path: str) -> str:

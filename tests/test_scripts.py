@@ -274,7 +274,7 @@ def test_data_that_is_missing_is_named(tmp_path):  # row 29
     result = run("scripts.train", "--data", "full", "--data-dir", tmp_path, code=1)
     assert "train-images-idx3-ubyte.gz" in error_of(result)
     result = run("scripts.train", "--data-dir", tmp_path, code=2)
-    assert "--data-dir goes with --data full" in error_of(result)
+    assert "--data-dir (data_dir) does not go with fashion-mnist-subset" in error_of(result)
 
 
 def test_training_without_tqdm_says_so(tmp_path):

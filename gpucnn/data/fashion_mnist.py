@@ -5,14 +5,11 @@ Machine Learning Algorithms", 2017, https://github.com/zalandoresearch/fashion-m
 """
 from __future__ import annotations
 
-import hashlib
-import os
 from pathlib import Path
 
-from gpucnn.data import fashion_mnist_subset
+from gpucnn.data import fashion_mnist_subset, official
 from gpucnn.data.dataset import Dataset
-from gpucnn.data.idx import read_idx
-from gpucnn.errors import DataError
+from gpucnn.data.idx import read_part
 from gpucnn.files import PathLike, one_line
 
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
@@ -42,7 +39,8 @@ def load(data_dir: PathLike | None = None, *, subset: bool = False) -> tuple[Dat
     Otherwise all 60,000 and 10,000, from the first of: data_dir; the folder that the environment
     variable GPUCNN_DATA_DIR names; the Debian package dataset-fashion-mnist; the user's cache; a
     download into that cache, verified by its checksum. A folder holds the four official files,
-    gzipped or not. A folder that was asked for by name is never passed over in silence.
+    gzipped or not, or has a sub-folder fashion-mnist that does. A folder that was asked for by name
+    is never passed over in silence.
 
     Raises DataError where the files are missing, damaged, or cannot be downloaded.
     """
@@ -55,66 +53,15 @@ def load(data_dir: PathLike | None = None, *, subset: bool = False) -> tuple[Dat
 
 
 def _find_folder(data_dir: PathLike | None) -> Path:
-    asked, source = data_dir, "data_dir"
-    if asked is None:
-        asked, source = os.environ.get("GPUCNN_DATA_DIR") or None, "GPUCNN_DATA_DIR"
+    asked = official.asked_folder(data_dir, ("fashion-mnist",), shared=True)
     if asked is not None:
-        missing = [name for name in SHA256 if not _find_file(Path(asked), name).exists()]
-        if missing:
-            raise DataError(f"{source}={one_line(asked)}: {', '.join(missing)} not found there; "
-                            f"expected {', '.join(SHA256)} (with or without .gz)")
-        return Path(asked)
-    if all(_find_file(DEBIAN_DIR, name).exists() for name in SHA256):
+        official.require_files(*asked, SHA256)
+        return asked[0]
+    if all(official.find_file(DEBIAN_DIR, name).exists() for name in SHA256):
         return DEBIAN_DIR
-    return _download()
-
-
-def _find_file(folder: Path, name: str) -> Path:
-    """Where the file is, or else where the official, gzipped one would be."""
-    plain = folder / name.removesuffix(".gz")
-    return plain if plain.exists() and not (folder / name).exists() else folder / name
-
-
-def _download() -> Path:
-    """The cache folder, with those of the four files fetched that were not there or damaged."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = caches / "gpucnn" / "fashion-mnist"
-    wanted = [name for name in SHA256 if not _is_official(folder / name)]
-    if not wanted:
-        return folder
-    try:
-        import pooch
-    except ImportError as e:
-        raise DataError(
-            "the full Fashion-MNIST is not on this machine, and downloading it needs pooch; "
-            "pip install 'gpucnn[download]', or give the folder that holds it with --data-dir or "
-            "GPUCNN_DATA_DIR, or use the packaged subset") from e
-    cache = pooch.create(folder, BASE_URL, registry=SHA256)
-    for name in wanted:
-        try:
-            cache.fetch(name)
-        # requests' errors are OSErrors, as a cache that cannot be written; a wrong checksum is a
-        # ValueError.
-        except (OSError, ValueError) as e:
-            raise DataError(f"cannot download {BASE_URL}{name} ({one_line(e)}); try again, or give "
-                            "the folder that holds it with --data-dir, or use the packaged subset"
-                            ) from e
-    return folder
-
-
-def _is_official(file: Path) -> bool:
-    return (file.is_file()
-            and hashlib.sha256(file.read_bytes()).hexdigest() == SHA256[file.name])
+    return official.download("fashion-mnist", "the full Fashion-MNIST", BASE_URL, SHA256)
 
 
 def _load_folder(folder: Path, name: str) -> tuple[Dataset, Dataset]:
-    return _load_part(folder, "train", f"{name}-train"), _load_part(folder, "t10k", f"{name}-test")
-
-
-def _load_part(folder: Path, prefix: str, name: str) -> Dataset:
-    images = read_idx(_find_file(folder, f"{prefix}-images-idx3-ubyte.gz"), ndim=3)
-    labels = read_idx(_find_file(folder, f"{prefix}-labels-idx1-ubyte.gz"), ndim=1)
-    try:
-        return Dataset(images[..., None], labels, CLASS_NAMES, name)
-    except ValueError as e:
-        raise DataError(f"{one_line(folder)}: {prefix}: {e}") from e
+    return (read_part(folder, "train", CLASS_NAMES, f"{name}-train"),
+            read_part(folder, "t10k", CLASS_NAMES, f"{name}-test"))

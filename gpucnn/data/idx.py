@@ -11,10 +11,13 @@ import math
 import os
 import struct
 import zlib
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from gpucnn.data.dataset import Dataset
+from gpucnn.data.official import find_file
 from gpucnn.errors import DataError
 from gpucnn.files import PathLike, one_line, open_file
 
@@ -47,6 +50,26 @@ def read_idx(path: PathLike, ndim: int | None = None) -> np.ndarray:
                 return _parse(name, unpacked, ndim, size * _DEFLATE_MAX_RATIO)
         except (EOFError, zlib.error, gzip.BadGzipFile) as e:
             raise DataError(f"{name}: damaged gzip file ({one_line(e)}); fetch it again") from e
+
+
+def read_part(folder: Path, prefix: str, class_names: tuple[str, ...], name: str, *,
+              first_label: int = 0, transposed: bool = False) -> Dataset:
+    """The images and labels of the two IDX files, gzipped or not, that are named as MNIST's are.
+
+    first_label: that of the first class. transposed: whether images lie on their sides, mirrored.
+
+    Raises FileNotFoundError, and DataError where they are damaged or do not fit each other.
+    """
+    images = read_idx(find_file(folder, f"{prefix}-images-idx3-ubyte.gz"), ndim=3)
+    labels = read_idx(find_file(folder, f"{prefix}-labels-idx1-ubyte.gz"), ndim=1)
+    if transposed:
+        images = np.ascontiguousarray(images.transpose(0, 2, 1))
+    if first_label:
+        labels = labels.astype(np.int64) - first_label
+    try:
+        return Dataset(images[..., None], labels, class_names, name)
+    except ValueError as e:
+        raise DataError(f"{one_line(folder)}: {prefix}: {e}") from e
 
 
 def _parse(name: str, stream: BinaryIO | gzip.GzipFile, ndim: int | None,
