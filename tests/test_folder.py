@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -338,6 +339,7 @@ def test_workers_end_with_the_program_and_say_nothing(photos, tmp_path, number, 
         stderr=subprocess.PIPE, text=True, start_new_session=True)
     while process.stdout.readline().strip() != after:
         assert process.poll() is None
+    time.sleep(0.2 * (after == "begun"))  # while the workers import, which is when they would tell
     if number == signal.SIGINT:  # as a terminal sends it: to all
         os.killpg(process.pid, number)
     else:
