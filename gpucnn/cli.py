@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from gpucnn.backend import Backend, get_backend
-from gpucnn.data import Dataset, open_dataset
+from gpucnn.data import Augmentation, Dataset, open_dataset
 from gpucnn.data.sources import NAMED
 from gpucnn.errors import BackendError, DataError, GpucnnError, ModelFormatError
 from gpucnn.files import one_line
@@ -24,6 +24,7 @@ from gpucnn.models import load_model
 from gpucnn.precision import make_precision
 
 MODEL_FILE = "model.safetensors"
+AUGMENTATIONS = ("crop", "flip", "rotate", "colour", "mixup", "cutout")
 Number = TypeVar("Number", int, float)
 
 
@@ -130,6 +131,32 @@ def load_data(arguments: argparse.Namespace, input_shape: tuple[int, ...] | None
 def millions(value: float | None) -> int | None:
     """So many millions, or None for None."""
     return None if value is None else round(value * 10**6)
+
+
+def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("augmentation, of training images, at random")
+    group.add_argument("--crop", type=nonnegative_int, metavar="P", default=0,
+                       help="shift each image by up to P pixels (default: do not)")
+    group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False,
+                       help="mirror half of the images")
+    group.add_argument("--rotate", type=nonnegative_float, metavar="DEG", default=0.0,
+                       help="turn each image by up to DEG degrees, at most 45 (default: do not)")
+    group.add_argument("--colour", type=share, metavar="S", default=0.0,
+                       help="change brightness, contrast and saturation by up to this share "
+                            "(default: do not)")
+    group.add_argument("--mixup", type=nonnegative_float, metavar="ALPHA", default=0.0,
+                       help="blend each image, and its label, with another, by shares of "
+                            "Beta(ALPHA, ALPHA); 0.2 is common, 10 the most (default: do not)")
+    group.add_argument("--cutout", type=nonnegative_int, metavar="K", default=0,
+                       help="blacken a square of K x K pixels in each image (default: do not)")
+
+
+def augmentation_of(arguments: argparse.Namespace) -> Augmentation:
+    """What the arguments ask for. Raises UsageError for values out of range."""
+    try:
+        return Augmentation(**{name: getattr(arguments, name) for name in AUGMENTATIONS})
+    except ValueError as e:
+        raise UsageError(str(e)) from e
 
 
 def add_run_argument(parser: argparse.ArgumentParser) -> None:

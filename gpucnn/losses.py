@@ -8,12 +8,17 @@ from __future__ import annotations
 import numpy as np
 
 from gpucnn.backend import Array, backend_of
+from gpucnn.numerics import log_softmax
 from gpucnn.ops import as_array, cross_entropy_and_hits
 from gpucnn.optim import LossScale, check_loss_scale
 
 
 class SoftmaxCrossEntropy:
     """The mean of -log softmax(logits)[label]: logits (n, classes), integer labels (n,).
+
+    Or, for labels that are floats (n, classes), such as mixup gives: the mean of
+    -sum_k labels_k log softmax(logits)_k, for which each row should add up to 1. The largest of a
+    row counts as its label.
 
     label_smoothing: as in gpucnn.ops.softmax_cross_entropy.
     """
@@ -28,10 +33,32 @@ class SoftmaxCrossEntropy:
         return loss, dlogits
 
     def with_hits(self, logits: Array, labels: Array) -> tuple[Array, Array, Array]:
-        """(loss, dlogits, how many of the n are classified right): the same pass counts them."""
+        """(loss, dlogits, how many of the n are classified right): the same pass counts them.
+
+        Raises what ops.softmax_cross_entropy raises, ValueError for floats of another shape.
+        """
+        if is_soft(labels):
+            return self._of_shares(logits, labels)
         return cross_entropy_and_hits(
             logits, labels, label_smoothing=self.label_smoothing,
             loss_scale=None if self.loss_scale is None else self.loss_scale.value)
+
+
+    def _of_shares(self, logits: Array, shares: Array) -> tuple[Array, Array, Array]:
+        dtype, z, q = _receive(type(self).__name__, logits, shares)
+        xp, (n, classes) = backend_of(z).xp, z.shape
+        best = z.argmax(axis=1)
+        hits = ((best == q.argmax(axis=1)) & ~xp.isnan(z).any(axis=1)).sum()
+        q = (1 - self.label_smoothing) * q + self.label_smoothing / classes
+        log_p = log_softmax(xp, z)
+        dz = (xp.exp(log_p) * q.sum(axis=1, keepdims=True) - q) / n
+        loss = -(q * log_p).sum() / n
+        return loss, _scaled(dz, self.loss_scale).astype(dtype, copy=False), hits
+
+
+def is_soft(labels: Array) -> bool:
+    """Whether labels are shares of all classes, floats (n, classes), and not integers (n,)."""
+    return getattr(labels, "ndim", 0) == 2 and labels.dtype.kind == "f"
 
 
 class MeanSquaredError:

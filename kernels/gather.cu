@@ -16,18 +16,7 @@
 // arithmetic is left here that might round otherwise than on the CPU.
 
 #include "philox.cuh"
-
-enum { CUT = 256, NO_IMAGE = 257, ENTRIES = 258 };
-
-// A random number from 0 to n - 1.
-static __device__ int below(int n, unsigned word) { return (int)__umulhi(word, (unsigned)n); }
-
-// Which of `size` pixels stands at a place less than `size` before or behind them; -1 for none.
-static __device__ int pixel_at(int place, int size, int reflect) {
-    if (place >= 0 && place < size) return place;
-    if (!reflect) return -1;
-    return place < 0 ? -place : 2 * (size - 1) - place;
-}
+#include "gather.cuh"
 
 // One thread writes VEC neighbours of an image row, whatever the number of channels: w * c is a
 // multiple of 16 bytes for most images, c alone for hardly any.
@@ -47,9 +36,8 @@ extern "C" __global__ void gather_batch(
         long long lies = streamed ? place : image;
         if (p.y == 0 && p.x == 0) y[p.n] = exists ? labels[lies] : -1;
 
-        unsigned word[4] = {(unsigned)image, (unsigned)((unsigned long long)image >> 32),
-                            (unsigned)epoch, (unsigned)((unsigned long long)epoch >> 32)};
-        philox4x32(word, key0, key1);
+        unsigned word[4];
+        draw(word, image, epoch, key0, key1);
         int row = pixel_at(p.y + below(2 * crop + 1, word[0]) - crop, h, reflect);
         int left = below(2 * crop + 1, word[1]) - crop;
         bool mirrored = flip && (word[0] & 1);  // the row is chosen by the highest bits

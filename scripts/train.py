@@ -92,13 +92,7 @@ def parser() -> TrainParser:
     group.add_argument("--seed", type=cli.seed, default=0, help="of initial weights, shuffling, "
                        "augmentation and dropout (default: %(default)s)")
 
-    group = p.add_argument_group("augmentation of the training images")
-    group.add_argument("--crop", type=cli.nonnegative_int, metavar="P", default=0,
-                       help="shift each by up to P pixels, at random (default: do not)")
-    group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False,
-                       help="mirror half of them, chosen at random")
-    group.add_argument("--cutout", type=cli.nonnegative_int, metavar="K", default=0,
-                       help="blacken a square of K x K pixels in each (default: do not)")
+    cli.add_augmentation_arguments(p)
 
     group = p.add_argument_group("the run")
     group.add_argument("--out", type=Path, metavar="DIR",
@@ -123,6 +117,7 @@ def main(arguments: argparse.Namespace) -> int:
     backend = cli.choose_backend()
     cli.require_precision(arguments.precision, backend)
     check_arguments(arguments)
+    cli.augmentation_of(arguments)  # what is wrong with it, before the data is read
     require_tqdm()
     require_matplotlib()
     require_pillow()

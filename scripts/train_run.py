@@ -17,7 +17,7 @@ import numpy as np
 from gpucnn import cli, losses, metrics, optim, schedules
 from gpucnn.backend import Backend
 from gpucnn.config import to_toml
-from gpucnn.data import Augmentation, Dataset, Loader
+from gpucnn.data import Dataset, Loader
 from gpucnn.data.loader import shuffled, to_float
 from gpucnn.errors import CheckpointError
 from gpucnn.files import one_line, write_atomically
@@ -106,8 +106,8 @@ class Run:
             micro_batches=arguments.accumulate, auto_batch=arguments.auto_batch,
             average=None if arguments.ema is None else Average(model, arguments.ema))
         loader = Loader(train_set, arguments.batch_size * arguments.accumulate,
-                        seed=arguments.seed, dtype=model.dtype, augmentation=Augmentation(
-                            crop=arguments.crop, flip=arguments.flip, cutout=arguments.cutout))
+                        seed=arguments.seed, dtype=model.dtype,
+                        augmentation=cli.augmentation_of(arguments))
         schedule = schedules.BY_NAME[arguments.schedule](self.rate, arguments.epochs * len(loader))
         if arguments.warm_up:
             schedule = schedules.warm_up(schedule, max(1, round(arguments.warm_up * len(loader))))

@@ -20,6 +20,11 @@ def cross_entropy(z, t, smoothing=0.0):
     return -(soft_targets(t, z.shape[1], smoothing) * np.log(p)).sum(1).mean()
 
 
+def shared_cross_entropy(z, shares):
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    return -(shares * np.log(p)).sum(1).mean()
+
+
 def binary_cross_entropy(z, t):
     p = 1 / (1 + np.exp(-z))
     return -(t * np.log(p) + (1 - t) * np.log(1 - p)).mean()
@@ -31,6 +36,11 @@ LOSSES = {
                             lambda rng, shape: rng.integers(0, shape[1], shape[0])),
     "label smoothing": (SoftmaxCrossEntropy(0.2), lambda z, t: cross_entropy(z, t, 0.2),
                         lambda rng, shape: rng.integers(0, shape[1], shape[0])),
+    "shares of labels": (SoftmaxCrossEntropy(), shared_cross_entropy,
+                         lambda rng, shape: rng.dirichlet(np.ones(shape[1]), shape[0])),
+    "smoothed shares": (SoftmaxCrossEntropy(0.2),
+                        lambda z, t: shared_cross_entropy(z, 0.8 * t + 0.2 / t.shape[1]),
+                        lambda rng, shape: rng.dirichlet(np.ones(shape[1]), shape[0])),
     "MeanSquaredError": (MeanSquaredError(), lambda y, t: ((y - t) ** 2).mean(),
                          lambda rng, shape: rng.standard_normal(shape)),
     "BinaryCrossEntropy": (BinaryCrossEntropy(), binary_cross_entropy,
@@ -71,6 +81,27 @@ def test_known_values(backend):
     assert float(SoftmaxCrossEntropy()(zeros, [2])[0]) == pytest.approx(log(4))
     assert float(BinaryCrossEntropy()(zeros, zeros + 0.3)[0]) == pytest.approx(log(2))
     assert float(MeanSquaredError()(zeros, zeros + 3)[0]) == 9
+
+
+@pytest.mark.parametrize("smoothing", [0, 0.3])
+def test_shares_that_are_labels_give_what_labels_give(smoothing, backend, rng):
+    z = backend.asarray(rng.standard_normal((6, 4)))
+    labels = rng.integers(0, 4, 6)
+    one_hot = backend.asarray(np.eye(4)[labels])
+    loss = SoftmaxCrossEntropy(smoothing)
+    for got, want in zip(loss.with_hits(z, one_hot), loss.with_hits(z, labels)):
+        np.testing.assert_allclose(backend.to_numpy(got), backend.to_numpy(want), rtol=1e-12,
+                                   atol=1e-15)
+
+
+def test_the_largest_share_is_the_label(backend):
+    z = backend.asarray([[0, 2, 1], [3, 1, 2], [5, 5, 1], [np.nan, 0, 0]], np.float32)
+    shares = backend.asarray([[0.2, 0.5, 0.3], [0.4, 0, 0.6], [0.5, 0.5, 0], [1, 0, 0]], np.float32)
+    assert int(SoftmaxCrossEntropy().with_hits(z, shares)[2]) == 2
+    with pytest.raises(ValueError, match=r"^outputs have shape \(4, 3\), targets \(2, 3\)"):
+        SoftmaxCrossEntropy()(z, shares[:2])
+    with pytest.raises(TypeError, match=r"labels must be integers of shape \(N,\), got int64"):
+        SoftmaxCrossEntropy()(z, np.eye(3, dtype=np.int64)[[0, 1, 2, 0]])
 
 
 def test_large_logits_do_not_overflow(backend):
@@ -118,6 +149,7 @@ def test_integer_outputs_are_refused(loss):
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize(("kind", "targets"), [
     (SoftmaxCrossEntropy, lambda y: np.arange(len(y)) % 3),
+    (SoftmaxCrossEntropy, lambda y: np.full_like(y, 0.5)),
     (MeanSquaredError, lambda y: np.zeros_like(y)),
     (BinaryCrossEntropy, lambda y: np.full_like(y, 0.5))])
 def test_a_loss_scale_multiplies_the_gradient_alone(kind, targets, dtype, backend, rng):

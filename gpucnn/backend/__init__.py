@@ -277,16 +277,19 @@ class Backend(Protocol):
         """
 
     def gather_batch(self, images: Array, labels: Array, order: Array, cursor: Array, n: int,
-                     table: Array, augmentation: Augmentation, key: int, streamed: int = 0
-                     ) -> tuple[Array, Array]:
-        """A batch of a data set, augmented: x (n, h, w, c) of the dtype of the table, y (n,) int64.
+                     table: Array, augmentation: Augmentation, key: int, streamed: int = 0,
+                     choices: Array | None = None, classes: int = 0) -> tuple[Array, Array]:
+        """A batch of a data set, augmented: x (n, h, w, c) of the dtype of the table, y (n,) int64;
+        or y (n, classes) float32 where images are mixed.
 
         images (total, h, w, c) uint8; labels and order (total,) int64; cursor (2,) int64, the place
             in the order where the batch begins and the epoch, read where they lie: no launch
             depends on them.
         streamed: 0; or how many images the data set has, where `images` and `labels` are only
             those whose numbers are in `order`, one for one.
+            With mixup the batch is followed by one image more, with which its last one is mixed.
         table: Augmentation.table. key: image i of epoch e draws words 4 i to 4 i + 3 of stream e.
+        choices: Augmentation.choices, where it blends. classes: of the labels, for mixup.
 
         An image that is not there, or a place past the end of the order, gives NaN and label -1.
         """

@@ -42,6 +42,7 @@ _gelu_backward = Kernel("gelu.cu", "gelu_backward")
 _dropout = Kernel("dropout.cu", "dropout")
 _ONE_TAP = Window(1, 1, 1, 1, 0, 0, 0, 0, 1, 1)
 _gather_batch = Kernel("gather.cu", "gather_batch")
+_augment_batch = Kernel("augment.cu", "augment_batch")
 _softmax_cross_entropy = Kernel("softmax_cross_entropy.cu", "softmax_cross_entropy")
 _over_rows = Kernel("softmax_cross_entropy.cu", "over_rows")
 _sum_of_squares = Kernel("optimizer.cu", "sum_of_squares")
@@ -306,14 +307,24 @@ class CupyBackend:
         return y
 
     def gather_batch(self, images: Any, labels: Any, order: Any, cursor: Any, n: int, table: Any,
-                     augmentation: Augmentation, key: int, streamed: int = 0
-                     ) -> tuple[Any, Any]:
+                     augmentation: Augmentation, key: int, streamed: int = 0,
+                     choices: Any = None, classes: int = 0) -> tuple[Any, Any]:
         total, h, w, c = images.shape
-        x, y = cupy.empty((n, h, w, c), table.dtype), cupy.empty((n,), np.int64)
-        vec = _channels_at_once(w * c, (x, table))
-        _gather_batch(x.size // vec, table, x, y, images, labels, order, cursor, total, streamed,
-                      n, h, w, c, augmentation.crop, int(augmentation.padding == "reflect"),
-                      int(augmentation.flip), augmentation.cutout, *words_of(key), vec=vec)
+        x, mixup = cupy.empty((n, h, w, c), table.dtype), augmentation.mixup > 0
+        y = cupy.empty((n, classes), np.float32) if mixup else cupy.empty((n,), np.int64)
+        window = (augmentation.crop, int(augmentation.padding == "reflect"),
+                  int(augmentation.flip))
+        if augmentation.blends:
+            _augment_batch(n * h * w, table, x, None if mixup else y, y if mixup else None,
+                           images, labels, order, cursor, choices, total, streamed, n, h, w, c,
+                           classes, *window, int(augmentation.rotate > 0),
+                           augmentation.colour_steps, int(mixup), augmentation.cutout,
+                           *words_of(key))
+        else:
+            vec = _channels_at_once(w * c, (x, table))
+            _gather_batch(x.size // vec, table, x, y, images, labels, order, cursor, total,
+                          streamed, n, h, w, c, *window, augmentation.cutout, *words_of(key),
+                          vec=vec)
         return x, y
 
     def batch_norm_statistics(self, x: Any, running_mean: Any, running_var: Any, momentum: float,

@@ -382,9 +382,10 @@ class NumpyBackend:
 
     def gather_batch(self, images: np.ndarray, labels: np.ndarray, order: np.ndarray,
                      cursor: np.ndarray, n: int, table: np.ndarray, augmentation: Augmentation,
-                     key: int, streamed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+                     key: int, streamed: int = 0, choices: np.ndarray | None = None,
+                     classes: int = 0) -> tuple[np.ndarray, np.ndarray]:
         return batch_gather.gather_batch(self, images, labels, order, cursor, n, table,
-                                         augmentation, key, streamed)
+                                         augmentation, key, streamed, choices, classes)
 
     def batch_norm_statistics(self, x: np.ndarray, running_mean: np.ndarray,
                               running_var: np.ndarray, momentum: float,

@@ -52,7 +52,8 @@ class ResidentFeed:
         loader = self.loader
         batch = loader.backend.gather_batch(
             loader.images, loader.labels, self.order, self.cursor, size, loader.table,
-            loader.augmentation, loader.key)
+            loader.augmentation, loader.key, choices=loader.choices,
+            classes=loader.dataset.n_classes)
         self.cursor[:1] += size
         return batch
 
@@ -61,7 +62,8 @@ class StreamedFeed:
     """The data set stays on the host; each batch is copied while the one before is computed."""
 
     def __init__(self, loader: Loader):
-        self.loader, m = loader, min(loader.batch_size, len(loader.dataset))
+        self.after = int(loader.augmentation.mixup > 0)  # images that follow, to be mixed with
+        self.loader, m = loader, min(loader.batch_size, len(loader.dataset)) + self.after
         dataset, asarray = loader.dataset, loader.backend.asarray
         self.arrays = [asarray(np.zeros(shape, dtype)) for shape, dtype in (
             ((m, *dataset.images.shape[1:]), np.uint8), ((m,), np.int64), ((m,), np.int64),
@@ -76,10 +78,11 @@ class StreamedFeed:
 
     def advance(self, size: int) -> None:
         dataset = self.loader.dataset
-        chosen = self.order[self.position:self.position + size]
+        places = np.arange(self.position, self.position + size + self.after)
+        chosen = self.order.take(places, mode="wrap")
         images, labels, numbers, cursor = self.upload.arrays()
-        np.take(dataset.images, chosen, axis=0, out=images[:size], mode="clip")
-        labels[:size], numbers[:size] = dataset.labels[chosen], chosen
+        np.take(dataset.images, chosen, axis=0, out=images[:len(chosen)], mode="clip")
+        labels[:len(chosen)], numbers[:len(chosen)] = dataset.labels[chosen], chosen
         cursor[...] = cursor_at(0, self.epoch)
         self.upload.send()
         self.position += size
@@ -89,7 +92,8 @@ class StreamedFeed:
         images, labels, numbers, cursor = self.arrays
         return loader.backend.gather_batch(
             images, labels, numbers, cursor, size, loader.table, loader.augmentation, loader.key,
-            streamed=len(loader.dataset))
+            streamed=len(loader.dataset), choices=loader.choices,
+            classes=loader.dataset.n_classes)
 
 
 def cursor_at(position: int, epoch: int) -> np.ndarray:

@@ -34,7 +34,8 @@ class Loader:
     """Cuts a data set into batches of (x, y) on the backend in use where the loader is made.
 
     The data set is moved there once, as bytes; a batch is one kernel. x is (m, h, w, c) of `dtype`,
-    y int64 (m,), where m is batch_size but for a shorter last batch.
+    y int64 (m,), where m is batch_size but for a shorter last batch; with mixup y is float32
+    (m, classes), the share of each class.
 
     streamed: whether the data set stays on the host, and each batch is copied to the GPU while it
         computes the one before. None: where it would take more than half of the GPU's free memory.
@@ -43,7 +44,8 @@ class Loader:
     seed: None keeps the order of the data set; an int from 0 to 2**64 - 1 shuffles it anew
         in each epoch.
     augmentation: what is done to each image; without one x is pixel / 255. What is drawn depends on
-        seed, epoch and the image's number alone: on neither the batch size nor the backend.
+        seed, epoch and the image's number alone: on neither the batch size nor the backend. What
+        mixup takes an image together with is the next one in the order of the epoch.
     dtype: float32, float64, float16 or bfloat16 (which NumPy knows where ml_dtypes is imported).
 
     Raises TypeError and ValueError, also where the augmentation does not fit the images.
@@ -67,6 +69,8 @@ class Loader:
         self.key = _AUGMENTATION_KEYS ^ (self.seed or 0)
         self.table = self.backend.asarray(
             self.augmentation.table(dataset.images.shape[3], self.dtype))
+        self.choices = self.backend.asarray(self.augmentation.choices()) \
+            if self.augmentation.blends else None
         self.streamed = dataset.images.nbytes > self.backend.free_bytes() / 2 \
             if streamed is None else streamed
         if not self.streamed:

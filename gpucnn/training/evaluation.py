@@ -9,7 +9,7 @@ import numpy as np
 from gpucnn.backend import Array, backend_of
 from gpucnn.errors import DataError, TrainingError
 from gpucnn.layers import Layer
-from gpucnn.losses import SoftmaxCrossEntropy
+from gpucnn.losses import SoftmaxCrossEntropy, is_soft
 from gpucnn.numerics import log_softmax
 from gpucnn.ops import as_array
 from gpucnn.training import memory
@@ -44,7 +44,8 @@ class Evaluation(NamedTuple):
 def evaluate(model: Layer, batches: Batches) -> Evaluation:
     """The model's loss and predictions over all batches of (images, labels).
 
-    Raises DataError for a data set without samples, BackendError where memory runs out.
+    Raises DataError for a data set without samples, BackendError where memory runs out, TypeError
+    for labels that mixup has made.
     """
     loss, total, among_five = SoftmaxCrossEntropy(), 0.0, 0
     labels: list[np.ndarray] = []
@@ -52,6 +53,9 @@ def evaluate(model: Layer, batches: Batches) -> Evaluation:
     for x, t in batches:
         if not len(t):
             continue
+        if is_soft(t):
+            raise TypeError(f"evaluate: labels must be integers of shape (N,), got {t.dtype} "
+                            f"{t.shape}; evaluate with a Loader that has no mixup")
         x = receive(model, x)
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # the loss shows it

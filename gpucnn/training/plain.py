@@ -9,7 +9,7 @@ import numpy as np
 
 from gpucnn.backend import Array, backend_of
 from gpucnn.layers import Layer
-from gpucnn.losses import SoftmaxCrossEntropy
+from gpucnn.losses import SoftmaxCrossEntropy, is_soft
 from gpucnn.numerics import blocks_of, for_blocks
 from gpucnn.ops import as_array, check_labels
 from gpucnn.optim import Optimizer
@@ -103,7 +103,8 @@ def receive_targets(model: Layer, loss: Loss, t: Any, n: int) -> Array:
     """t on the model's backend; labels from the host are checked here, before they are parts of a
     batch or of a graph."""
     backend = model.backend
-    if type(loss) is SoftmaxCrossEntropy and backend_of(t).name == "numpy":
+    if (type(loss) is SoftmaxCrossEntropy and not is_soft(t)
+            and backend_of(t).name == "numpy"):
         return check_labels(backend, t, n, model.output_shape[-1])
     return backend.asarray(t)
 

@@ -26,6 +26,7 @@ SLABS, SPLITS = 64, 4                  # of a weight gradient; of a convolution
 # |difference| / |expected|; float16 rounds each result by up to 2^-11 of it.
 TOLERANCES = {"float32": 1e-5, "float16": 2**-10}
 AUGMENTATION = Augmentation(crop=2, flip=True)
+BLENDING = Augmentation(crop=2, flip=True, rotate=15)
 RATE, BETA1, BETA2, EPSILON = 1e-3, 0.9, 0.999, 1e-8
 
 
@@ -105,6 +106,7 @@ INPUTS: dict[str, Draw] = {
     "bytes": lambda s, rng: rng.integers(0, 256, s.shape, np.uint8),
     "order": lambda s, rng: rng.permutation(s.n),
     "cursor": lambda s, rng: np.zeros(2, np.int64),
+    "choices": lambda s, rng: BLENDING.choices(),
     "table": lambda s, rng: AUGMENTATION.table(s.c, s.dtype),
 }
 
@@ -272,6 +274,10 @@ KERNELS = (
     MemoryKernel("gather_batch", "gather.cu", "bytes order cursor table",
                  lambda s, b, images, order, cursor, table: b.gather_batch(
                      images, order, order, cursor, s.n, table, AUGMENTATION, 1), half=True),
+    MemoryKernel("augment_batch", "augment.cu", "bytes order cursor table choices",
+                 lambda s, b, images, order, cursor, table, choices: b.gather_batch(
+                     images, order, order, cursor, s.n, table, BLENDING, 1, choices=choices),
+                 half=True),
 )
 TWO_NUMBERS = ("record_step.cu",)  # all that it writes: no share of a bandwidth
 # What convolutions.py measures, and so has no line here.
