@@ -8,7 +8,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,9 @@ import numpy as np
 
 from gpucnn.backend import Backend, get_backend
 from gpucnn.data import Augmentation, Dataset, open_dataset
-from gpucnn.data.sources import NAMED
+from gpucnn.data.folder import ImageFolder
+from gpucnn.data.packed import is_packed
+from gpucnn.data.sources import NAMED, list_parts
 from gpucnn.errors import BackendError, DataError, GpucnnError, ModelFormatError
 from gpucnn.files import one_line
 from gpucnn.layers import Layer
@@ -24,6 +26,8 @@ from gpucnn.models import load_model
 from gpucnn.precision import make_precision
 
 MODEL_FILE = "model.safetensors"
+DATA = (f"one of {', '.join(NAMED)}; or the path of a folder of images (one folder a class, "
+        "perhaps in train/ and test/), of an .npz file, or of a folder that scripts/pack.py made")
 AUGMENTATIONS = ("crop", "flip", "rotate", "colour", "mixup", "cutout")
 Number = TypeVar("Number", int, float)
 
@@ -80,9 +84,13 @@ def require_precision(name: str, backend: Backend) -> None:
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--data", metavar="NAME|PATH", default="fashion-mnist-subset",
-                       help=f"one of {', '.join(NAMED)}; or the path of a folder of images (one "
-                            "folder a class, perhaps in train/ and test/) or of an .npz file "
-                            "(default: %(default)s, 10,000 + 2,000 images that ship with gpucnn)")
+                       help=f"{DATA} (default: %(default)s, 10,000 + 2,000 images that ship with "
+                            "gpucnn)")
+    add_data_options(group)
+
+
+def add_data_options(group: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Those of add_data_arguments that say how the data is read."""
     group.add_argument("--data-dir", metavar="DIR",
                        help="the folder that holds a named data set; otherwise its sub-folder of "
                             "GPUCNN_DATA_DIR, the user's cache, or a download")
@@ -114,16 +122,26 @@ def load_data(arguments: argparse.Namespace, input_shape: tuple[int, ...] | None
     input_shape: the (h, w, c) of a model, which folders of images are then read as where the
     arguments do not say otherwise.
     """
+    return _load(open_dataset, arguments, input_shape)
+
+
+def list_data(arguments: argparse.Namespace) -> Sequence[Dataset | ImageFolder]:
+    """What load_data gives, but for images that are to be decoded."""
+    return _load(list_parts, arguments)
+
+
+def _load(load: Callable[..., Any], arguments: argparse.Namespace,
+          input_shape: tuple[int, ...] | None = None) -> Any:
     options = {name: getattr(arguments, name) for name in (
         "data_dir", "image_size", "channels", "test_share", "workers")}
     if arguments.image_size:
         options["image_size"] = tuple(int(side) for side in arguments.image_size.split("x"))
-    if input_shape and Path(arguments.data).is_dir():
+    if input_shape and Path(arguments.data).is_dir() and not is_packed(arguments.data):
         options["image_size"] = options["image_size"] or input_shape[:2]
         options["channels"] = options["channels"] or input_shape[2]
     try:
-        return open_dataset(arguments.data, **options, max_pixels=millions(arguments.max_pixels),
-                            max_unpacked=millions(arguments.max_unpacked))
+        return load(arguments.data, **options, max_pixels=millions(arguments.max_pixels),
+                    max_unpacked=millions(arguments.max_unpacked))
     except ValueError as e:
         raise UsageError(str(e)) from e
 

@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for python scrip
 
 from gpucnn import cli, optim, schedules
 from gpucnn.config import Parser
-from gpucnn.data import Dataset
 from gpucnn.files import one_line
 from gpucnn.models import MODELS
 from gpucnn.precision import PRECISIONS
@@ -122,8 +121,8 @@ def main(arguments: argparse.Namespace) -> int:
     require_matplotlib()
     require_pillow()
     train_set, test_set = cli.load_data(arguments)
-    train_set = first(train_set, arguments.train_images)
-    test_set = first(test_set, arguments.test_images)
+    train_set = train_set.first(arguments.train_images)
+    test_set = test_set.first(arguments.test_images)
     with run_folder(arguments.out or new_folder(arguments.model), arguments.resume) as folder:
         code = Run(arguments, backend, train_set, test_set, folder).go()
     print(folder)
@@ -153,10 +152,6 @@ def require_tqdm() -> None:
         import tqdm  # noqa: F401
     except ImportError as e:
         raise ImportError("training needs tqdm; pip install 'gpucnn[train]'") from e
-
-
-def first(dataset: Dataset, n: int | None) -> Dataset:
-    return Dataset(dataset.images[:n], dataset.labels[:n], dataset.class_names, dataset.name)
 
 
 if __name__ == "__main__":

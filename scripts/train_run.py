@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -268,8 +269,7 @@ def split(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset |
     order = shuffled(n, seed, 2**32)  # no epoch has that number
 
     def part(numbers: np.ndarray, name: str) -> Dataset:
-        numbers = np.sort(numbers)
-        return Dataset(dataset.images[numbers], dataset.labels[numbers], dataset.class_names, name)
+        return replace(dataset.select(np.sort(numbers)), name=name)
 
     return part(order[count:], dataset.name), part(order[:count], f"{dataset.name} (validation)")
 

@@ -359,6 +359,8 @@ def test_photographs_train_and_predict_with_two_commands(photos, tmp_path):
     assert "12 training and 3 test images" in run(
         "train.py", "--data", photos, "--model", "lenet5", "--epochs", 1, "--image-size", 32,
         "--workers", 1)
+    [trained] = (tmp_path / "runs").iterdir()
+    assert "going on from" in run("train.py", "--out", trained, "--resume", "--workers", 2)
     assert re.search(r"0\.png +(cats|dogs) +\d+\.\d%", run("predict.py", photos / "cats" / "0.png"))
     assert "photos-test: 3 images, accuracy" in run("evaluate.py", "--data", photos)
 

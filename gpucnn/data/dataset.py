@@ -1,30 +1,32 @@
-"""A labelled set of images in memory."""
+"""A labelled set of images."""
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from gpucnn.data.shards import Shards
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Images and the class of each.
 
-    images: uint8 (n, h, w, c), 0 to 255.
+    images: uint8 (n, h, w, c), 0 to 255: a NumPy array, or Shards, which stay on the disk.
     labels: integers (n,), each an index into class_names.
     name: what logs and saved metrics call it.
 
     Raises TypeError for a wrong dtype, ValueError for a wrong shape, count or label.
     """
 
-    images: np.ndarray
+    images: np.ndarray | Shards
     labels: np.ndarray
     class_names: tuple[str, ...]
     name: str
 
     def __post_init__(self) -> None:
         images = self.images
-        if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
+        if not isinstance(images, (np.ndarray, Shards)) or images.dtype != np.uint8:
             raise TypeError("images must be a NumPy array of uint8, got "
                             f"{getattr(images, 'dtype', type(images).__name__)}")
         if images.ndim != 4:
@@ -41,6 +43,24 @@ class Dataset:
     def n_classes(self) -> int:
         """The number of classes, used or not."""
         return len(self.class_names)
+
+    def take(self, numbers: np.ndarray, out: np.ndarray) -> None:
+        """Write the images of those numbers (m,) to out (m, h, w, c)."""
+        if isinstance(self.images, Shards):
+            self.images.take(numbers, out)
+        else:
+            np.take(self.images, numbers, axis=0, out=out, mode="clip")
+
+    def first(self, n: int | None) -> Dataset:
+        """The first n images, or all for None or if there are fewer."""
+        return self if n is None or n >= len(self) else self.select(slice(n))
+
+    def select(self, numbers: np.ndarray | slice) -> Dataset:
+        """The images of those numbers (m,), in that order, or at a slice; Shards stay on the disk.
+        """
+        images = self.images
+        images = images.select(numbers) if isinstance(images, Shards) else images[numbers]
+        return Dataset(images, self.labels[numbers], self.class_names, self.name)
 
 
 def check_labels(labels: np.ndarray, n_classes: int) -> None:

@@ -81,7 +81,7 @@ class StreamedFeed:
         places = np.arange(self.position, self.position + size + self.after)
         chosen = self.order.take(places, mode="wrap")
         images, labels, numbers, cursor = self.upload.arrays()
-        np.take(dataset.images, chosen, axis=0, out=images[:len(chosen)], mode="clip")
+        dataset.take(chosen, images[:len(chosen)])
         labels[:len(chosen)], numbers[:len(chosen)] = dataset.labels[chosen], chosen
         cursor[...] = cursor_at(0, self.epoch)
         self.upload.send()

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -57,12 +56,6 @@ class ImageFolder:
             images[at:at + len(chunk)] = chunk
             at += len(chunk)
         return Dataset(images, self.labels, self.class_names, self.name)
-
-
-def load_folder(folder: PathLike, **options: Any) -> tuple[Dataset, Dataset]:
-    """The training and the test set of list_folder, which takes the options, decoded."""
-    train, test = list_folder(folder, **options)
-    return train.load(), test.load()
 
 
 def list_folder(folder: PathLike, *, image_size: tuple[int, int] | None = None,

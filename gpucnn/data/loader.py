@@ -10,8 +10,10 @@ from gpucnn.augmentation import Augmentation
 from gpucnn.backend import Array, get_backend
 from gpucnn.data.dataset import Dataset
 from gpucnn.data.feed import Feed, ResidentFeed, StreamedFeed
+from gpucnn.data.shards import Shards
 from gpucnn.geometry import is_int
 
+GROUP = 64  # blocks of Shards that are shuffled together
 # What a model of the same seed draws has other high bits: see gpucnn.layers.base.
 _AUGMENTATION_KEYS = 0xA064_0000_0000_0000
 
@@ -39,10 +41,11 @@ class Loader:
 
     streamed: whether the data set stays on the host, and each batch is copied to the GPU while it
         computes the one before. None: where it would take more than half of the GPU's free memory.
-        The batches are the same; on the CPU there is nothing to choose.
+        The batches are the same; on the CPU there is nothing to choose. Shards always stream.
 
     seed: None keeps the order of the data set; an int from 0 to 2**64 - 1 shuffles it anew
-        in each epoch.
+        in each epoch. Shards are shuffled by blocks of a megabyte: GROUP of them, chosen at random,
+        are shuffled together, then the next ones.
     augmentation: what is done to each image; without one x is pixel / 255. What is drawn depends on
         seed, epoch and the image's number alone: on neither the batch size nor the backend. What
         mixup takes an image together with is the next one in the order of the epoch.
@@ -50,6 +53,8 @@ class Loader:
 
     Raises TypeError and ValueError, also where the augmentation does not fit the images.
     """
+
+    block = 0  # of Shards, for shuffled()
 
     def __init__(self, dataset: Dataset, batch_size: int, *, seed: int | None = None,
                  augmentation: Augmentation | None = None, dtype: Any = np.float32,
@@ -71,6 +76,11 @@ class Loader:
             self.augmentation.table(dataset.images.shape[3], self.dtype))
         self.choices = self.backend.asarray(self.augmentation.choices()) \
             if self.augmentation.blends else None
+        if isinstance(dataset.images, Shards):
+            if streamed is False:
+                raise ValueError("Loader: images on the disk (Shards) always stream; leave out "
+                                 "streamed=False")
+            self.block, streamed = dataset.images.block, True
         self.streamed = dataset.images.nbytes > self.backend.free_bytes() / 2 \
             if streamed is None else streamed
         if not self.streamed:
@@ -118,15 +128,25 @@ class Loader:
         n = self.n
         if self.seed is None:
             return np.arange(n, dtype=np.int64)
-        return shuffled(n, self.seed, number)
+        return shuffled(n, self.seed, number, self.block)
 
 
-def shuffled(n: int, seed: int, number: int) -> np.ndarray:
-    """The numbers 0 to n - 1 in the order of (seed, number): (n,) int64, on every machine."""
+def shuffled(n: int, seed: int, number: int, block: int = 0) -> np.ndarray:
+    """The numbers 0 to n - 1 in the order of (seed, number): (n,) int64, on every machine.
+
+    block: 0, or how many stay near each other: blocks are put in a new order, and GROUP of them at
+    a time are shuffled together.
+    """
     # NumPy promises that a bit generator's raw stream never changes, but promises nothing
     # for Generator.permutation (NEP 19). So: sort by random keys.
     philox = np.random.Philox(key=np.array([seed, number], np.uint64))
-    return np.argsort(philox.random_raw(n), kind="stable").astype(np.int64, copy=False)
+    if block:
+        rank = np.argsort(np.argsort(philox.random_raw(-(-n // block)), kind="stable"))
+        group = np.repeat(rank // GROUP, block)[:n]  # of each number
+        order = np.lexsort((philox.random_raw(n), group))
+    else:
+        order = np.argsort(philox.random_raw(n), kind="stable")
+    return order.astype(np.int64, copy=False)
 
 
 def check_batches(batch_size: int, seed: int | None, dtype: Any
