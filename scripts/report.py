@@ -39,19 +39,19 @@ def main(arguments: argparse.Namespace) -> None:
     (record,) = records
     cli.choose_backend()
     model, _ = cli.load_run(record.folder)
-    print(write_report(record.folder, model, test_images(arguments, record),
+    print(write_report(record.folder, model, test_images(arguments, record, model.input_shape),
                        history=record.history, metrics=record.metrics))
 
 
-def test_images(arguments: argparse.Namespace, record: RunRecord) -> Dataset:
+def test_images(arguments: argparse.Namespace, record: RunRecord,
+                input_shape: tuple[int, ...]) -> Dataset:
     """As many as the run was tested on, of the data that it was trained on."""
-    train_set, test_set = cli.load_data(arguments)
+    train_set, test_set = cli.load_data(arguments, input_shape)
     trained_on = record.metrics.get("train_set", train_set.name)
     if trained_on != train_set.name:
         raise cli.UsageError(f"{one_line(record.folder)}: trained on {one_line(trained_on)}, but "
                              f"the data are {train_set.name}; give those of the run with --data")
-    n = record.metrics.get("test_images")
-    return Dataset(test_set.images[:n], test_set.labels[:n], test_set.class_names, test_set.name)
+    return test_set.first(record.metrics.get("test_images"))
 
 
 if __name__ == "__main__":

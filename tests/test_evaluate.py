@@ -41,7 +41,7 @@ def dataset(labels, shown, names=NAMES, shape=(1, 1, 1)):
 
 
 def call(run, monkeypatch, test_set, *arguments, train_set=None):
-    monkeypatch.setattr(cli, "load_data", lambda _: (train_set, test_set))
+    monkeypatch.setattr(cli, "load_data", lambda *_: (train_set, test_set))
     script.main(script.parser().parse_args(["--run", str(run), *map(str, arguments)]))
 
 
