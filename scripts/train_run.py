@@ -45,8 +45,13 @@ FREE = ("data_dir", "eager", "keep", "max_pixels", "max_unpacked", "save_every",
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Those that a run writes down, as TOML can hold them."""
-    return {name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(arguments).items() if name not in NOT_SETTINGS}
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):  # the size of images
+            return "x".join(map(str, value))
+        return str(value) if isinstance(value, Path) else value
+
+    return {name: plain(value) for name, value in vars(arguments).items()
+            if name not in NOT_SETTINGS}
 
 
 class Run:
@@ -130,8 +135,9 @@ class Run:
             raise CheckpointError(f"{one_line(checkpoint.path)} does not fit this run: "
                                   f"{one_line(e)}") from e
         training.last_good = str(checkpoint.path)
-        print(f"going on from {one_line(checkpoint.path)}: epoch {training.epoch + 1}, step "
-              f"{training.steps + 1}")
+        rest = "all is done" if training.complete else (
+            f"epoch {training.epoch + 1}, step {training.steps + 1}")
+        print(f"going on from {one_line(checkpoint.path)}: {rest}")
 
     def go(self) -> int:
         """Train, and leave all that comes of it in the folder. Returns the exit code."""

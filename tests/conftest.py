@@ -21,7 +21,8 @@ SIMULATED = bool(_NO_GPU) and SIMULATOR_WORKS
 if SIMULATED:
     gpusim.install()
     make_backend.cache_clear()
-CUPY_RUNS = not _NO_GPU or SIMULATED
+REAL_GPU = not _NO_GPU
+CUPY_RUNS = REAL_GPU or SIMULATED
 
 
 def pytest_report_header() -> str:

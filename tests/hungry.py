@@ -63,9 +63,9 @@ def batch(n=8):
 
 def state(step):
     """Everything that the next step reads."""
-    model, to_numpy = step._model, step.backend.to_numpy
+    model, to_numpy = step.model, step.backend.to_numpy
     arrays = {"data": np.array(to_numpy(model.flat_data)), **model.training_state()}
     arrays |= {path: np.array(to_numpy(layer.own_buffers[name]))
                for path, (layer, name) in model.buffers().items()}
-    average = {} if step._average is None else step._average.state_dict()
-    return arrays | step._optimizer.state_dict() | average
+    average = {} if step.average is None else step.average.state_dict()
+    return arrays | step.optimizer.state_dict() | average

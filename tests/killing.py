@@ -8,14 +8,19 @@ import multiprocessing
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-CONTEXT = multiprocessing.get_context("forkserver")
-# tests.conftest puts the simulator in CuPy's place, where there is no GPU.
-CONTEXT.set_forkserver_preload(["tests.conftest", "scripts.train", "matplotlib.figure",
-                               "tensorboardX", "tqdm"])
+from tests.conftest import REAL_GPU
+
+# What CUDA has been used in cannot be forked.
+CONTEXT: Any = multiprocessing.get_context("spawn" if REAL_GPU else "forkserver")
+if not REAL_GPU:
+    # tests.conftest puts the simulator in CuPy's place.
+    CONTEXT.set_forkserver_preload(["tests.conftest", "scripts.train", "matplotlib.figure",
+                                    "tensorboardX", "tqdm"])
 
 
-def start(arguments, output: Path, backend: str) -> multiprocessing.Process:
+def start(arguments, output: Path, backend: str) -> Any:
     process = CONTEXT.Process(target=_train, args=(list(map(str, arguments)), output, backend))
     process.start()
     return process

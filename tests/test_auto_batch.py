@@ -161,7 +161,7 @@ def test_the_limit_of_a_pool(cupy_backend):
         for _ in range(2):
             step(*batch_)
     assert given.results() == fell.results()
-    np.testing.assert_array_equal(*(cupy_backend.to_numpy(step._model.flat_data)
+    np.testing.assert_array_equal(*(cupy_backend.to_numpy(step.model.flat_data)
                                     for step in (given, fell)))
 
 

@@ -27,7 +27,7 @@ def assert_close(one, other, rtol):
 
 @pytest.mark.parametrize("options", [
     {}, {"capture": False}, {"streamed": True}, {"optimizer": clipped, "loss": smoothed},
-    {"optimizer": optim.Momentum}], ids=str)
+    {"optimizer": optim.Momentum}], ids=("plain", "eager", "streamed", "clipped", "momentum"))
 def test_the_step_is_that_of_the_whole_batch(backend, options):
     """Also where the last part is shorter, and where there are fewer images than parts."""
     options = {"precision": "float64", "batch": 7, **options}

@@ -108,9 +108,10 @@ def test_a_loss_that_is_not_finite_changes_nothing():  # row 12
     loss, _ = train_step(model, losses.SoftmaxCrossEntropy(), optim.Adam(model), x, t)
     np.testing.assert_array_equal(model.flat_data, before)
     with pytest.raises(TrainingError, match=r"loss is nan at epoch 3 step 118 \(lr 0.1\); last "
-                                            "good model: runs/a/m.safetensors; lower the learning "
-                                            "rate or use --clip-norm"):
-        check_finite(loss, epoch=3, step=118, learning_rate=0.1, last_good="runs/a/m.safetensors")
+                                            "good checkpoint: runs/a/m.safetensors; lower the "
+                                            "learning rate or use --clip-norm"):
+        check_finite(loss, epoch=3, step=118, learning_rate=0.1,
+                     last_good="runs/a/m.safetensors")
 
 
 def test_evaluating_nothing_is_an_error():  # row 14

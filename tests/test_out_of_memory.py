@@ -36,10 +36,10 @@ def test_the_innermost_layer_is_named(backend, where):
         step(*batch())
     assert isinstance(told.value.__cause__, MemoryError)
     other, _ = make(backend)
-    for (layer_, name), (theirs, _) in zip(step._model.buffers().values(),
-                                           other._model.buffers().values()):
+    for (layer_, name), (theirs, _) in zip(step.model.buffers().values(),
+                                           other.model.buffers().values()):
         theirs.own_buffers[name][...] = layer_.own_buffers[name]
-    other._model.load_training_state(step._model.training_state())
+    other.model.load_training_state(step.model.training_state())
     for each in (step, other):
         for _ in range(3):
             each(*batch(4))
@@ -73,15 +73,15 @@ def test_evaluation_and_prediction_and_plain_steps(backend):
     layer.most = 4
     here = message(backend, HUNGRY, "at batch 8; try batches of 4")
     with pytest.raises(BackendError, match=here):
-        evaluate(step._model, [(x, t)])
+        evaluate(step.model, [(x, t)])
     with pytest.raises(BackendError, match=here):
-        predict(step._model, x)
+        predict(step.model, x)
     with pytest.raises(BackendError, match=here):
-        train_step(step._model, step._loss, step._optimizer, x, t)
+        train_step(step.model, step._loss, step.optimizer, x, t)
     layer.most = 0
     with pytest.raises(BackendError, match=message(
             backend, HUNGRY, "at batch 1; try a smaller network or smaller images")):
-        predict(step._model, x[:1])
+        predict(step.model, x[:1])
 
 
 def test_parts_of_a_batch(backend):

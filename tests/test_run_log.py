@@ -15,7 +15,7 @@ def write(log, epochs, start=0):
     for epoch in range(start + 1, epochs + 1):
         for step in (2 * epoch - 1, 2 * epoch):
             log.step(StepRecord(epoch, step, 0.1 / epoch, 1 / step, 4, 1 / step, 0.5))
-        found = Evaluation(0.5 / epoch, 0.75, np.zeros(1), np.zeros(1))
+        found = Evaluation(0.5 / epoch, 0.75, np.zeros(1), np.zeros(1), 1.0)
         log.epoch(EpochRecord(epoch, 9, 2 * epoch, 1 / epoch, 0.5, found if epoch != 2 else None,
                               True, 2.0, 8))
 
