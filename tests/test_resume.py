@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from gpucnn.training.checkpoints import Checkpoints, read_checkpoint
 from gpucnn.training.run_log import read_jsonl
-from tests import killing
+from tests import forked
 from tests.conftest import BACKENDS, needs_cupy
 
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'gpucnn[plot]'")
@@ -54,7 +54,7 @@ def test_a_run_killed_ten_times_ends_with_the_same_bits(backend, tmp_path):
     # Results come late from a GPU, so that the checkpoints there are those at the ends of epochs.
     settings = (*SETTINGS, "--epochs", 8 if backend == "numpy" else 16)
     started = time.perf_counter()
-    process = killing.start((*settings, "--out", whole), output, backend)
+    process = forked.start((*settings, "--out", whole), output, backend)
     startup = until((whole / "config.toml").exists, process)
     process.join(120)
     assert process.exitcode == 0, output.read_text()
@@ -63,7 +63,7 @@ def test_a_run_killed_ten_times_ends_with_the_same_bits(backend, tmp_path):
     rng, kills = random.Random(0), 0
     for attempt in range(3 * LEAST_KILLS):
         before = newest(killed)
-        process = killing.start((*settings, "--out", killed, "--resume"), output, backend)
+        process = forked.start((*settings, "--out", killed, "--resume"), output, backend)
         if kills >= LEAST_KILLS:  # the last one is let be
             process.join(120)
             break
@@ -90,7 +90,7 @@ def run(tmp_path_factory):
     """A complete run, on NumPy."""
     folder = tmp_path_factory.mktemp("runs") / "a"
     changed = ("--epochs", 2, "--save-every", 600, "--out", folder)
-    end(killing.start((*SETTINGS, *changed), folder.parent / "output", "numpy"))
+    end(forked.start((*SETTINGS, *changed), folder.parent / "output", "numpy"))
     return folder
 
 
@@ -106,7 +106,7 @@ def resume(run, tmp_path, *arguments, code=1, backend="numpy"):
         shutil.copytree(run, folder)
     output = tmp_path / "output"
     output.unlink(missing_ok=True)
-    end(killing.start(("--out", folder, "--resume", *arguments), output, backend), code)
+    end(forked.start(("--out", folder, "--resume", *arguments), output, backend), code)
     return output.read_text().splitlines()[-1]
 
 
@@ -168,7 +168,7 @@ def test_a_damaged_checkpoint_is_named(run, tmp_path):  # row 32
 def test_a_signal_saves_and_stops(number, code, tmp_path):  # row 53
     output, folder = tmp_path / "output", tmp_path / "a"
     many = (*SETTINGS, "--epochs", 2000, "--save-every", 600, "--out", folder)
-    process = killing.start(many, output, "numpy")
+    process = forked.start(many, output, "numpy")
     until(lambda: output.exists() and "epoch 2/" in output.read_text(), process)
     os.kill(process.pid, number)
     end(process, code)
@@ -224,14 +224,14 @@ def test_no_room_for_checkpoints_ends_in_an_error_but_trains_on(tmp_path, monkey
 ])
 def test_flags_that_do_not_go_together_are_usage_errors(arguments, message, tmp_path):
     output = tmp_path / "output"
-    end(killing.start((*SETTINGS, *arguments), output, "numpy"), 2)
+    end(forked.start((*SETTINGS, *arguments), output, "numpy"), 2)
     assert output.read_text().splitlines()[-1].startswith(f"gpucnn: error: {message}")
 
 
 def test_patience_keeps_the_model_of_the_best_epoch(tmp_path):
     changed = ("--epochs", 60, "--learning-rate", 0.05, "--schedule", "constant", "--validation",
                0.25, "--patience", 3, "--save-every", 600, "--out", tmp_path / "a")
-    end(killing.start((*SETTINGS, *changed), tmp_path / "output", "numpy"))
+    end(forked.start((*SETTINGS, *changed), tmp_path / "output", "numpy"))
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
     history = json.loads((tmp_path / "a" / "history.json").read_text())
     losses, best = history["validation_loss"], metrics["best_epoch"]

@@ -20,7 +20,7 @@ import pytest
 from gpucnn import schedules
 from gpucnn.data import fashion_mnist
 from gpucnn.models import load_model, save_model
-from tests import gpusim
+from tests import forked, gpusim
 from tests.conftest import CUPY_RUNS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,12 +31,18 @@ pytest.importorskip("tqdm", reason="needs tqdm: pip install 'gpucnn[train]'")
 
 
 def run(*command, as_module=True, code=0, cwd=ROOT, **environment):
-    """Run a script; its exit code must be `code`, and an error must be one line."""
+    """Run a script; its exit code must be `code`, and an error must be one line.
+
+    As a module, and in no environment of its own, it does not import all that it needs anew.
+    """
     name, *arguments = map(str, command)
-    script = ["-m", name] if as_module else [ROOT / f"{name.replace('.', '/')}.py"]
-    settings = {"PYTHONPATH": str(ROOT), "GPUCNN_BACKEND": "numpy", **environment}
-    result = subprocess.run([sys.executable, *script, *arguments], cwd=cwd, text=True, check=False,
-                            capture_output=True, env={**os.environ, **settings})
+    if as_module and not environment and name.removeprefix("scripts.") in forked.SCRIPTS:
+        result = forked.run(name.removeprefix("scripts."), arguments, cwd)
+    else:
+        script = ["-m", name] if as_module else [ROOT / f"{name.replace('.', '/')}.py"]
+        settings = {"PYTHONPATH": str(ROOT), "GPUCNN_BACKEND": "numpy", **environment}
+        result = subprocess.run([sys.executable, *script, *arguments], cwd=cwd, text=True,
+                                check=False, capture_output=True, env={**os.environ, **settings})
     assert result.returncode == code, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     return result
