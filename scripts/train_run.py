@@ -77,7 +77,7 @@ class Run:
         if checkpoint:
             self._restore(checkpoint)
         self._write_down(settings)
-        self.log = RunLog(folder, self.training.steps)
+        self.log = RunLog(folder, self.training.steps, self.training.epoch)
         self.bar: Any = None
         self.failed_save = ""
 
@@ -151,7 +151,7 @@ class Run:
                     print(f"stopped at step {training.steps}; --resume goes on from there")
             finally:
                 self._close_bar()
-                self._try(self.log.close)
+                self._try(self.log.flush)
         if self.failed_save:
             raise CheckpointError(self.failed_save)
         if signals:

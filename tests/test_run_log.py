@@ -3,10 +3,14 @@ from __future__ import annotations
 
 import csv
 import json
+import resource
+import signal
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
+from gpucnn.errors import DataError
 from gpucnn.training import EpochRecord, Evaluation, StepRecord
 from gpucnn.training.run_log import RunLog, read_jsonl
 
@@ -49,9 +53,57 @@ def test_after_a_kill_what_came_after_the_checkpoint_is_taken_back(cut, tmp_path
     with open(killed / "log.jsonl", "a") as file:
         file.write(cut)
     assert read_jsonl(killed / "log.jsonl") == read_jsonl(whole / "log.jsonl")
-    write(RunLog(killed, steps=2), 3, start=1)
+    write(RunLog(killed, steps=2, epochs=1), 3, start=1)
     for name in ("log.csv", "log.jsonl"):
         assert (killed / name).read_text() == (whole / name).read_text()
+
+
+def test_an_epoch_that_was_logged_before_a_kill_is_logged_once(tmp_path):
+    """The checkpoint of its last step was written, that of its end was not."""
+    write(RunLog(tmp_path), 2)
+    log = RunLog(tmp_path, steps=4, epochs=1)
+    assert [line["step"] for line in read_jsonl(tmp_path / "log.jsonl")] == [1, 2, 2, 3, 4]
+    log.epoch(EpochRecord(2, 9, 4, 0.5, 0.5, None, True, 2.0, 8))
+    assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2"]
+
+
+@contextmanager
+def files_of_at_most(size):
+    """Writing beyond writes what fits and then fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_costs_no_lines(tmp_path):  # row 51
+    whole, full = tmp_path / "whole", tmp_path / "full"
+    for folder in (whole, full):
+        folder.mkdir()
+    write(RunLog(whole), 3)
+    log = RunLog(full)
+    write(log, 1)
+    before = (full / "log.jsonl").read_text()
+    with files_of_at_most(len(before) + 100), pytest.raises(OSError, match="File too large"):
+        write(log, 2, start=1)
+    assert (full / "log.jsonl").read_text() == before
+    write(log, 3, start=2)
+    for name in ("log.csv", "log.jsonl"):
+        assert (full / name).read_text() == (whole / name).read_text()
+
+
+@pytest.mark.parametrize("line", ["\0\0", "{}", "3", '{"event": "step", "step": 1', "[" * 10**5])
+def test_a_damaged_line_is_named(line, tmp_path):
+    write(RunLog(tmp_path), 1)
+    path = tmp_path / "log.jsonl"
+    path.write_text(f"{path.read_text()}{line}\n" * 2)
+    with pytest.raises(DataError, match=r"log\.jsonl: line 4 is not one of a log, '.*'; delete "
+                       "that line"):
+        RunLog(tmp_path, 2, 1)
 
 
 def test_steps_are_on_the_disk_once_they_are_flushed(tmp_path):
@@ -66,17 +118,23 @@ def test_steps_are_on_the_disk_once_they_are_flushed(tmp_path):
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
     pytest.importorskip("tensorboardX", reason="needs pip install 'gpucnn[tensorboard]'")
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.record_writer import masked_crc32c
     log = RunLog(tmp_path)
     write(log, 1)
-    log.close()
     (path,) = (tmp_path / "tensorboard").iterdir()
-    data, found = path.read_bytes(), {}
+    data, found, events = path.read_bytes(), {}, []
     while data:  # length, its checksum, the event, its checksum
         size = int.from_bytes(data[:8], "little")
-        for value in Event.FromString(data[12:12 + size]).summary.value:
+        for part, checksum in ((data[:8], data[8:12]), (data[12:12 + size],
+                                                        data[12 + size:16 + size])):
+            assert masked_crc32c(part) == int.from_bytes(checksum, "little")
+        events.append(Event.FromString(data[12:12 + size]))
+        for value in events[-1].summary.value:
             found.setdefault(value.tag, []).append(value.simple_value)
         data = data[16 + size:]
+    assert events[0].file_version == "brain.Event:2"
+    assert (events[1].step, events[1].session_log.status) == (1, SessionLog.START)
     assert found["step/loss"] == [1.0, 0.5]
     assert found["epoch/accuracy"] == [0.75]
     assert found["step/learning_rate"] == pytest.approx([0.1, 0.1])
