@@ -56,7 +56,8 @@ def flipped(data, place):
     lambda data: safetensors.numpy.save({"a": np.zeros(3)}),
     lambda data: safetensors.numpy.save({"a": np.zeros(3)}, {"gpucnn": "[]"}),
     lambda data: data.replace(b"crc32", b"crc33"),
-], ids=range(12))
+    lambda data: data.replace(b"0.1", b"0.2"),  # of the facts
+], ids=range(13))
 def test_a_damaged_one_is_named_and_so_is_the_one_before(damage, tmp_path):  # row 32
     checkpoints = Checkpoints(tmp_path)
     path = checkpoints.save(20, arrays(), FACTS)

@@ -8,7 +8,7 @@ from gpucnn import losses, optim, schedules
 from gpucnn.data import Augmentation, Dataset, Loader
 from gpucnn.errors import TrainingError
 from gpucnn.layers import BatchNorm, Conv2D, Dense, Dropout, Flatten, Sequential
-from gpucnn.training import Average, Stopped, Training, TrainStep
+from gpucnn.training import Average, Evaluation, Stopped, Training, TrainStep
 
 EPOCHS, BATCH = 3, 4
 RNG = np.random.default_rng(0)
@@ -85,6 +85,17 @@ def test_stopped_in_the_validation_it_is_saved_at_the_end_of_the_steps(backend):
     assert again.history == whole.history
 
 
+def test_stopped_before_it_runs_it_makes_no_step():
+    """A signal may come between its handler and run()."""
+    run, places = training(), []
+    run.stop()
+    with pytest.raises(Stopped):
+        run.run(save=lambda: places.append(run.steps))
+    assert places == [0]
+    run.run()
+    assert run.complete
+
+
 def test_what_functions_are_told(backend):
     run, steps, epochs = training(), [], []
     run.run(on_step=steps.append, on_epoch=epochs.append)
@@ -109,8 +120,9 @@ def test_what_functions_are_told(backend):
 
 
 def test_it_ends_early_where_a_function_or_patience_says_so():
-    run = training(epochs=50)
-    run.run(on_epoch=lambda record: record.epoch == 2)
+    run, places = training(epochs=50), []
+    run.run(on_epoch=lambda record: record.epoch == 2, save=lambda: places.append(run.epoch))
+    assert places == [1, 2]
     assert run.epoch == 2
     assert not run.complete
     run = training(epochs=50, patience=2)
@@ -137,6 +149,25 @@ def test_losses_that_are_not_finite_end_it():
     with pytest.raises(TrainingError, match=r"loss is (nan|inf) at epoch \d step \d \(lr 1e\+30\); "
                        r"last good checkpoint: runs/a/checkpoints/step-8.safetensors; lower"):
         run.run()
+
+
+def test_a_validation_that_is_not_finite_ends_it_before_the_epoch_counts(monkeypatch):
+    run = training()
+    monkeypatch.setattr("gpucnn.training.loop.evaluate",
+                        lambda model, batches: Evaluation(np.nan, 0, *map(np.zeros, (1, 1)), 0))
+    with pytest.raises(TrainingError, match="the validation loss is nan after epoch 1; lower"):
+        run.run()
+    assert (run.epoch, run.best_epoch, run.steps) == (0, None, 3)
+
+
+@pytest.mark.parametrize(("auto_batch", "micro_batches"), [(False, 1), (True, 4)])
+def test_only_auto_batch_goes_on_with_other_micro_batches_than_those_given(auto_batch,
+                                                                           micro_batches):
+    run = training()
+    arrays, numbers = run.state()
+    run.step.auto_batch = auto_batch
+    run.restore(arrays, numbers | {"micro_batches": 4})
+    assert run.step.micro_batches == micro_batches
 
 
 @pytest.mark.parametrize(("options", "message"), [

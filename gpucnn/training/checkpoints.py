@@ -1,7 +1,7 @@
 """Checkpoints of a run: one file each, whole or not there, with a checksum; the last and the best.
 
 A checkpoint is a .safetensors file. Beside the arrays its header holds one JSON text: the format's
-version, a CRC-32 of all arrays, and what the run wrote down (its settings, its place, ...).
+version, a CRC-32, and what the run wrote down (its settings, its place, ...), as a text of its own.
 """
 from __future__ import annotations
 
@@ -59,8 +59,9 @@ class Checkpoints:
         path = self.folder / f"step-{step}.safetensors"
         # safetensors writes the memory as it lies, which for a transposed view is another array.
         arrays = {name: np.asarray(a, order="C") for name, a in arrays.items()}
-        header = {"format": FORMAT, "gpucnn": __version__, "crc32": _checksum(arrays),
-                  "facts": facts}
+        text = json.dumps(facts)
+        header = {"format": FORMAT, "gpucnn": __version__, "crc32": _checksum(arrays, text),
+                  "facts": text}
         data = safetensors.numpy.save(arrays, {"gpucnn": json.dumps(header)})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -118,18 +119,21 @@ def read_checkpoint(path: Path, advice: str = "") -> Checkpoint:
                     f"{one_line(path)}: written by gpucnn {version} (format {written}); this is "
                     f"{__version__} (format {FORMAT}); pip install -U gpucnn")
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            checksum, facts = header["crc32"], header["facts"]
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as e:
+            text = header["facts"]
+            whole = header["crc32"] == _checksum(arrays, text)
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError,
+            AttributeError) as e:
         raise CheckpointError(f"{one_line(path)}: damaged ({one_line(e)}){advice}") from e
-    if checksum != _checksum(arrays):
+    if not whole:
         raise CheckpointError(f"{one_line(path)}: damaged (its checksum is not that of its "
-                              f"arrays){advice}")
-    return Checkpoint(path, arrays, facts)
+                              f"content){advice}")
+    return Checkpoint(path, arrays, json.loads(text))
 
 
-def _checksum(arrays: dict[str, np.ndarray]) -> int:
-    """Of names, shapes, dtypes and bytes; in the order of the names, since files have another."""
-    crc = 0
+def _checksum(arrays: dict[str, np.ndarray], text: str) -> int:
+    """Of the text and all names, shapes, dtypes and bytes; in the order of the names, since files
+    have another."""
+    crc = zlib.crc32(text.encode())
     for name in sorted(arrays):
         a = arrays[name]
         crc = zlib.crc32(f"{name} {a.dtype.str} {a.shape}".encode(), crc)

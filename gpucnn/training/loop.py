@@ -130,7 +130,8 @@ class Training:
         return self.average.applied() if self.average else nullcontext()
 
     def stop(self) -> None:
-        """Let run() end after the step that is under way: for the handler of a signal."""
+        """Let run() end after the step that is under way, or before the first one: for the handler
+        of a signal."""
         self._stop = True
 
     def run(self, *, on_step: Callable[[StepRecord], Any] = lambda record: None,
@@ -145,14 +146,15 @@ class Training:
 
         Raises Stopped after stop(), TrainingError for a loss that is not finite.
         """
-        self._stop = False
         try:
             while not self.complete:
                 self._train(on_step, save, save_seconds)
-                if on_epoch(self._end_epoch()) is True:
-                    return
+                ended = on_epoch(self._end_epoch()) is True
                 save()
+                if ended:
+                    return
         except Stopped:
+            self._stop = False
             self._settle(on_step)
             save()
             raise
@@ -200,12 +202,12 @@ class Training:
     def _end_epoch(self) -> EpochRecord:
         number, n, seconds = self.epoch + 1, self.position, self._epoch_seconds
         loss, accuracy, found = self._loss_sum / n, self._hits / n, self._validate()
-        self._append(EPOCH_NAMES[:3], (number, loss, accuracy))
         if found is not None:
             if not np.isfinite(found.loss):
                 raise TrainingError(f"the validation loss is {found.loss} after epoch {number}; "
                                     "lower the learning rate or use --clip-norm")
             self._append(EPOCH_NAMES[3:], (found.loss, found.accuracy))
+        self._append(EPOCH_NAMES[:3], (number, loss, accuracy))
         self.position, self._loss_sum, self._hits, self._epoch_seconds = 0, 0.0, 0, 0.0
         return EpochRecord(number, self.epochs, self.steps, loss, accuracy, found,
                            self.best_epoch in (None, number), seconds, n)
@@ -276,4 +278,5 @@ class Training:
         self.position, self._hits = int(numbers["position"]), int(numbers["hits"])
         self._loss_sum = float(numbers["loss_sum"])
         self._epoch_seconds, self.seconds = numbers["epoch_seconds"], numbers["seconds"]
-        self.step.micro_batches = int(numbers["micro_batches"])  # auto_batch may have raised it
+        if self.step.auto_batch:  # which may have raised it
+            self.step.micro_batches = max(self.step.micro_batches, int(numbers["micro_batches"]))
