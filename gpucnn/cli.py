@@ -42,6 +42,9 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
     Failures are one line on standard error; --debug shows the traceback instead.
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for good)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _terminate)
     try:

@@ -31,12 +31,14 @@ def write_atomically(path: PathLike, data: bytes) -> None:
 
     Raises OSError.
     """
-    path = Path(path)
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.",
-                                             suffix=".tmp")
-    except OSError as e:  # which names the temporary file
+        _replace(Path(path), data)
+    except OSError as e:  # which names the temporary file, or none
         raise OSError(e.errno, e.strerror, str(path)) from e
+
+
+def _replace(path: Path, data: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

@@ -3,11 +3,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -79,7 +80,7 @@ class Run:
         self._write_down(settings)
         self.log = RunLog(folder, self.training.steps, self.training.epoch)
         self.bar: Any = None
-        self.failed_save = ""
+        self.failed: dict[str, str] = {}  # what could not be written, and why
 
     def _write_down(self, settings: dict[str, Any]) -> None:
         """The resolved settings, and each start of the run with what it ran on."""
@@ -147,13 +148,13 @@ class Run:
                 training.run(on_step=self._on_step, on_epoch=self._on_epoch, save=self._save,
                              save_seconds=self.arguments.save_every)
             except Stopped:
-                if not self.failed_save:
+                if not self.failed:
                     print(f"stopped at step {training.steps}; --resume goes on from there")
             finally:
                 self._close_bar()
-                self._try(self.log.flush)
-        if self.failed_save:
-            raise CheckpointError(self.failed_save)
+                self._try("log", self.log.flush)
+        if self.failed:
+            raise CheckpointError("; ".join(self.failed.values()))
         if signals:
             return 128 + signals[0]
         self._finish()
@@ -161,6 +162,7 @@ class Run:
 
     def _on_step(self, record: StepRecord) -> None:
         from tqdm import tqdm
+        self.log.step(record)
         if self.bar is None:
             # tqdm's own format has no room for loss and accuracy in a terminal of 80 columns.
             self.bar = tqdm(
@@ -170,14 +172,17 @@ class Run:
         self.bar.set_postfix_str(f"loss {record.mean_loss:.4f}, accuracy {record.accuracy:.4f}",
                                  refresh=False)
         self.bar.update(record.images)
-        self.log.step(record)
 
     def _on_epoch(self, record: EpochRecord) -> None:
         self._close_bar()
-        self._try(lambda: self.log.epoch(record))
+        self._try("log", lambda: self.log.epoch(record))
         if record.best or not self.arguments.patience:
-            self._try(self._save_model)
-        print(str(record).replace("validation", self.looked_at), flush=True)
+            self._try("model", self._save_model)
+        try:
+            print(str(record).replace("validation", self.looked_at), flush=True)
+        except BrokenPipeError:  # the reader of our output has gone, which ends the run
+            self._save()
+            raise
 
     def _save_model(self) -> None:
         with self.training.averaged():
@@ -187,23 +192,23 @@ class Run:
     def _save(self) -> None:
         """A checkpoint. Training goes on without it, where there is no room for example."""
         arrays, numbers = self.training.state()
-        best = self.training.best_epoch
-        step = self.training.steps
-        best_step = None if best is None else best * len(self.training.loader)
-        self._try(self.log.flush)
-        path = self._try(lambda: self.checkpoints.save(
-            step, arrays, self.facts | {"training": numbers}, best_step))
+        self._try("log", self.log.flush)
+        path = self._try("checkpoint", lambda: self.checkpoints.save(
+            self.training.steps, arrays, self.facts | {"training": numbers},
+            self.training.best_step))
         if path:
-            self.training.last_good, self.failed_save = str(path), ""
+            self.training.last_good = str(path)
 
-    def _try(self, write: Callable[[], Any]) -> Any:
-        """Of an error, a warning; it is the run's end too, unless a later save goes well."""
+    def _try(self, what: str, write: Callable[[], Any]) -> Any:
+        """Of an error, a warning; it is the run's end too, unless a later try goes well."""
         try:
-            return write()
+            written = write()
         except (CheckpointError, OSError) as e:
-            self.failed_save = one_line(e)
-            print(f"warning: {self.failed_save}; training goes on", file=sys.stderr)
+            self.failed[what] = one_line(e)
+            print(f"warning: {self.failed[what]}; training goes on", file=sys.stderr)
             return None
+        self.failed.pop(what, None)
+        return written
 
     def _close_bar(self) -> None:
         if self.bar is not None:
@@ -256,7 +261,10 @@ def stopping(training: Training) -> Iterator[list[int]]:
         training.stop()
         for each, handler in before.items():
             signal.signal(each, handler)
-        print("gpucnn: stopping; again stops at once, without saving", file=sys.stderr)
+        # print() may be under way, on the same stream; and its reader may be gone.
+        with suppress(OSError):
+            os.write(sys.stderr.fileno(),
+                     b"gpucnn: stopping; again stops at once, without saving\n")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 
 from gpucnn.errors import CheckpointError
+from gpucnn.files import write_atomically
 from gpucnn.training import checkpoints as module
 from gpucnn.training.checkpoints import Checkpoints, read_checkpoint
 
@@ -95,6 +96,8 @@ def test_a_full_disk_leaves_the_one_before(tmp_path, monkeypatch):  # row 51
                        r"on device \(needs [\d.]+ MB, [\de+.]+ MB free\); step-1\.safetensors is "
                        "intact"):
         checkpoints.save(2, arrays(), FACTS)
+    with pytest.raises(OSError, match=r"No space left on device: '.+notes\.txt'"):
+        write_atomically(tmp_path / "notes.txt", b"")
     assert [p.name for p in tmp_path.iterdir()] == ["step-1.safetensors"]
     assert checkpoints.newest().facts == FACTS
     with pytest.raises(CheckpointError, match="no checkpoint was written before"):

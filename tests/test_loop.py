@@ -131,6 +131,11 @@ def test_it_ends_early_where_a_function_or_patience_says_so():
     assert run.complete
     assert run.epoch == len(losses) < 50
     assert run.best_epoch == len(losses) - 2 == 1 + int(np.argmin(losses))
+    assert run.best_step == 3 * run.best_epoch
+    other = training(epochs=50, patience=2)
+    other.loader.batch_size = 5  # of which an epoch has two
+    other.restore(*run.state())
+    assert other.best_step == run.best_step
 
 
 def test_a_save_is_due_after_each_epoch_and_when_seconds_have_passed():

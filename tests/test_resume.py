@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -178,6 +179,47 @@ def test_a_signal_saves_and_stops(number, code, tmp_path):  # row 53
     assert (folder / "checkpoints" / f"step-{steps}.safetensors").exists()
     assert not (folder / ".lock").exists()
     assert read_jsonl(folder / "log.jsonl")[-1]["step"] == steps
+
+
+def test_a_reader_that_goes_away_ends_the_run_after_a_save(tmp_path):  # row 58
+    pipe, folder = tmp_path / "pipe", tmp_path / "a"
+    os.mkfifo(pipe)
+    process = killing.start((*SETTINGS, "--epochs", 2000, "--save-every", 600, "--out", folder),
+                            pipe, "numpy")
+    with open(pipe) as reader:
+        assert any(line.startswith("epoch 1/") for line in reader)
+    end(process)
+    last = read_jsonl(folder / "log.jsonl")[-1]
+    assert last["event"] == "epoch"
+    assert newest(folder).name == f"step-{last['step']}.safetensors"
+
+
+def test_a_signal_counts_also_where_nobody_reads_what_is_said(monkeypatch):
+    from scripts.train_run import stopping
+    reader, writer = os.pipe()
+    os.close(reader)
+    stops = []
+    with open(writer, "w", buffering=1) as gone, \
+            stopping(SimpleNamespace(stop=lambda: stops.append(1))) as came:
+        monkeypatch.setattr("sys.stderr", gone)
+        signal.raise_signal(signal.SIGTERM)
+        monkeypatch.undo()
+    assert (came, stops) == ([signal.SIGTERM], [1])
+
+
+def test_a_model_that_could_not_be_written_is_an_error_at_the_end(tmp_path, monkeypatch):
+    from gpucnn.errors import CheckpointError
+    from scripts import train, train_run
+
+    def full(*arguments, **metadata):
+        raise CheckpointError("no room for the model")
+
+    monkeypatch.setattr(train_run, "save_model", full)
+    small = train.parser().parse_args(["--model", "lenet5", "--train-images", "8", "--test-images",
+                                       "8", "--epochs", "1", "--out", str(tmp_path / "a")])
+    with pytest.raises(CheckpointError, match="^no room for the model$"):
+        train.main(small)
+    assert newest(tmp_path / "a").name == "step-1.safetensors"
 
 
 def test_no_room_for_checkpoints_ends_in_an_error_but_trains_on(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """The scripts as a user meets them: files, exit codes, and one line for each error."""
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import json
@@ -8,6 +9,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpucnn import schedules
+from gpucnn import cli, schedules
 from gpucnn.data import fashion_mnist
 from gpucnn.models import load_model, save_model
 from tests import forked, gpusim
@@ -301,6 +303,18 @@ def test_a_reader_that_goes_away_is_no_error(trained):
     process.stderr.close()
     assert process.wait() == 0, errors
     assert "Error" not in errors
+
+
+def test_closed_outputs_are_no_error(monkeypatch):  # as by >&- 2>&-
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(sys, "argv", ["it.py"])
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda arguments: print("out", file=sys.stderr), argparse.ArgumentParser())
+    assert end.value.code == 0
+    sys.stdout.close()
+    sys.stderr.close()
 
 
 def test_a_report_is_written_again_from_the_folder(trained, tmp_path):

@@ -96,6 +96,7 @@ class Training:
         self.history: dict[str, list] = {n: [] for n in (*STEP_NAMES, *EPOCH_NAMES)}
         self.last_good: str | None = None  # what a message may name, if the loss diverges
         self.seconds = 0.0                 # of all steps, those of interrupted runs included
+        self.best_step: int | None = None  # the last one of the best epoch
         self.position = 0                  # how many images of this epoch were trained on
         self._loss_sum, self._hits = 0.0, 0  # over them
         self._epoch_seconds = 0.0
@@ -209,8 +210,10 @@ class Training:
             self._append(EPOCH_NAMES[3:], (found.loss, found.accuracy))
         self._append(EPOCH_NAMES[:3], (number, loss, accuracy))
         self.position, self._loss_sum, self._hits, self._epoch_seconds = 0, 0.0, 0, 0.0
-        return EpochRecord(number, self.epochs, self.steps, loss, accuracy, found,
-                           self.best_epoch in (None, number), seconds, n)
+        best = self.best_epoch in (None, number)
+        if best:
+            self.best_step = self.steps
+        return EpochRecord(number, self.epochs, self.steps, loss, accuracy, found, best, seconds, n)
 
     def _validate(self) -> Evaluation | None:
         if self.validation is None:
@@ -245,8 +248,8 @@ class Training:
         arrays |= {f"{part}/{name}": a for part, named in parts.items()
                    for name, a in named.items()}
         return arrays, {"position": self.position, "loss_sum": self._loss_sum, "hits": self._hits,
-                        "epoch_seconds": self._epoch_seconds, "seconds": self.seconds,
-                        "micro_batches": self.step.micro_batches}
+                        "best_step": self.best_step, "epoch_seconds": self._epoch_seconds,
+                        "seconds": self.seconds, "micro_batches": self.step.micro_batches}
 
     def restore(self, arrays: dict[str, np.ndarray], numbers: dict[str, Any]) -> None:
         """Go on from what state() gave, on this backend or the other.
@@ -276,7 +279,7 @@ class Training:
             self.average.load_state_dict(parts["average"])
         self.history = {name: parts["history"][name].tolist() for name in self.history}
         self.position, self._hits = int(numbers["position"]), int(numbers["hits"])
-        self._loss_sum = float(numbers["loss_sum"])
+        self._loss_sum, self.best_step = float(numbers["loss_sum"]), numbers["best_step"]
         self._epoch_seconds, self.seconds = numbers["epoch_seconds"], numbers["seconds"]
         if self.step.auto_batch:  # which may have raised it
             self.step.micro_batches = max(self.step.micro_batches, int(numbers["micro_batches"]))

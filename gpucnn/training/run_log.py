@@ -102,10 +102,10 @@ class _Appended:
         try:
             with open(self.path, "ab") as file:
                 file.write(b"".join(self.waiting))
-        except OSError:
+        except OSError as e:
             with suppress(OSError):
                 os.truncate(self.path, size)
-            raise
+            raise OSError(e.errno, e.strerror, str(self.path)) from e
         self.waiting = []
 
 
