@@ -29,7 +29,7 @@ from gpucnn.machine import git_commit
 from gpucnn.models import MODELS, load_model, save_model
 from gpucnn.report import write_report
 from gpucnn.training import Average, TrainStep, evaluate
-from gpucnn.training.checkpoints import Checkpoint, Checkpoints
+from gpucnn.training.checkpoints import Checkpoint, Checkpoints, read_checkpoint
 from gpucnn.training.loop import EpochRecord, StepRecord, Stopped, Training
 from gpucnn.training.resume import check_resumable, environment, fingerprint
 from gpucnn.training.run_folder import CHECKPOINTS, CONFIG_FILE
@@ -130,15 +130,26 @@ class Run:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         training = self.training
-        try:
-            training.restore(checkpoint.arrays, checkpoint.facts["training"])
-        except (KeyError, TypeError, ValueError) as e:
-            raise CheckpointError(f"{one_line(checkpoint.path)} does not fit this run: "
-                                  f"{one_line(e)}") from e
+        self._load(checkpoint)
+        # The model in the folder may be of an epoch that is to be made again, or of one before.
+        best = training.best_step and self.checkpoints.path(training.best_step)
+        if self.arguments.patience and best and best.exists():  # there may have been no room for it
+            self._load(read_checkpoint(best))
+            self._save_model()
+            self._load(checkpoint)
+        elif training.epoch and not training.position and not self.arguments.patience:
+            self._save_model()
         training.last_good = str(checkpoint.path)
         rest = "all is done" if training.complete else (
             f"epoch {training.epoch + 1}, step {training.steps + 1}")
         print(f"going on from {one_line(checkpoint.path)}: {rest}")
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        try:
+            self.training.restore(checkpoint.arrays, checkpoint.facts["training"])
+        except (KeyError, TypeError, ValueError) as e:
+            raise CheckpointError(f"{one_line(checkpoint.path)} does not fit this run: "
+                                  f"{one_line(e)}") from e
 
     def go(self) -> int:
         """Train, and leave all that comes of it in the folder. Returns the exit code."""

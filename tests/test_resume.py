@@ -112,10 +112,19 @@ def resume(run, tmp_path, *arguments, code=1, backend="numpy"):
 
 
 def test_a_complete_run_has_nothing_left_to_do(run, tmp_path):
-    before = result(run)
     resume(run, tmp_path, code=0)
-    assert result(tmp_path / "a") == before
+    assert result(tmp_path / "a") == result(run)
     assert len(json.loads((tmp_path / "a" / "environment.json").read_text())) == 2
+
+
+def test_the_model_is_that_of_the_checkpoint_again(run, tmp_path):
+    """One that could not be written, for example, must not leave an older one."""
+    shutil.copytree(run, tmp_path / "a")
+    model = tmp_path / "a" / "model.safetensors"
+    arrays = safetensors.numpy.load_file(model)
+    safetensors.numpy.save_file({name: a + 1 for name, a in arrays.items()}, model)
+    resume(run, tmp_path, code=0)
+    assert result(tmp_path / "a") == result(run)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -290,3 +299,7 @@ def test_patience_keeps_the_model_of_the_best_epoch(tmp_path):
     assert len(running) == 2
     for name in running:
         np.testing.assert_array_equal(saved[name], best_one.arrays[f"model/{name}"])
+    before = result(tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors").unlink()
+    resume(tmp_path / "a", tmp_path, code=0)
+    assert result(tmp_path / "a") == before
