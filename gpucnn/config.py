@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{where}: {e.strerror}")
         except DataError as e:
             self.error(str(e))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        except (ValueError, RecursionError) as e:  # of Python too: numbers too long, lists too deep
             self.error(f"{where}: not a TOML file ({one_line(e)})")
         actions = {a.dest: a for a in self._actions if a.option_strings and a.dest != "help"}
         values = {}
@@ -60,6 +60,8 @@ class Parser(argparse.ArgumentParser):
                 near = difflib.get_close_matches(name, actions, 1)
                 hint = f"did you mean {near[0]}" if near else "--help lists the settings"
                 self.error(f"{where}: {one_line(key)} is not a setting; {hint}")
+            if name in values:
+                self.error(f"{where}: {one_line(key)} is there twice, with - and with _")
             values[name] = self._value(f"{where}: {key}", actions[name], value)
         return values
 
@@ -68,6 +70,10 @@ class Parser(argparse.ArgumentParser):
         if action.nargs == 0:
             if not isinstance(value, bool):
                 self.error(f"{where} must be true or false, got {one_line(value)}")
+            return value
+        if isinstance(action.default, list):  # of a flag that may be repeated
+            if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+                self.error(f"{where} must be a list of strings, got {one_line(value)}")
             return value
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             self.error(f"{where} must be a number or a string, got {one_line(value)}")

@@ -17,6 +17,7 @@ def parser():
     p.add_argument("--model", choices=("small", "large"), default="small")
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False)
     p.add_argument("--out", type=Path)
+    p.add_argument("--keep", action="append", default=[])
     return p
 
 
@@ -31,6 +32,7 @@ def test_the_file_gives_defaults_and_flags_override_them(tmp_path):
     assert (got.learning_rate, got.epochs, got.flip, got.out, got.model) == (
         1e-3, 7, True, Path('a/ü "b"'), "small")
     assert parse(tmp_path, "flip = true", "--no-flip").flip is False
+    assert parse(tmp_path, "keep = ['a']", "--keep", "b").keep == ["a", "b"]
     assert parse(tmp_path, "learning_rate = 2").learning_rate == 2.0
     assert parser().parse_args(["--epochs", "3"]).epochs == 3
 
@@ -45,6 +47,11 @@ def test_the_file_gives_defaults_and_flags_override_them(tmp_path):
     ("epochs = true", "it.toml: epochs must be a number or a string, got True"),
     ("epochs = [1]", "it.toml: epochs must be a number or a string, got [1]"),
     ("[epochs]\nx = 1", "it.toml: epochs must be a number or a string, got {'x': 1}"),
+    (f"epochs = {'1' * 5000}", "it.toml: not a TOML file (Exceeds the limit"),
+    (f"epochs = {'[' * 10**5}", "it.toml: not a TOML file ("),
+    ("learning-rate = 1\nlearning_rate = 2", "it.toml: learning_rate is there twice"),
+    ("keep = 'it'", "it.toml: keep must be a list of strings, got it"),
+    ("keep = [3]", "it.toml: keep must be a list of strings, got [3]"),
     ("flip = 1", "it.toml: flip must be true or false, got 1"),
     ("model = 'huge'", "it.toml: model must be one of small, large, got huge"),
     ("epochs = ", "it.toml: not a TOML file (Invalid value"),
