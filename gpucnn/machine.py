@@ -27,8 +27,18 @@ def cpu_name() -> str:
     return named[1] if named else platform.processor() or platform.machine()
 
 
+def blas_name() -> str:
+    """The library that NumPy's matrix products are computed by, and the instructions it chose."""
+    from threadpoolctl import threadpool_info
+    found = [f"{library['internal_api']} {library['version']} {library.get('architecture', '')}"
+             for library in threadpool_info() if library["user_api"] == "blas"]
+    return ", ".join(sorted(set(found))) or "unknown"
+
+
 def git_commit() -> str | None:
     """Of the clone that gpucnn runs from, "-dirty" where files were changed; None elsewhere."""
+    if not (Path(gpucnn.__file__).parents[1] / ".git").exists():
+        return None  # git would look further up: a virtual environment may lie in another clone
     try:
         answer = subprocess.run(["git", "describe", "--always", "--dirty"],
                                 cwd=Path(gpucnn.__file__).parent, capture_output=True, text=True,

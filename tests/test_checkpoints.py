@@ -108,7 +108,9 @@ def test_what_a_killed_process_left_is_swept(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     path = checkpoints.save(1, arrays(), FACTS)
     for folder in (tmp_path, path.parent):
-        (folder / ".step-2.safetensors.x_1.tmp").write_bytes(b"half")
-    (tmp_path / "notes.tmp").write_text("the user's")
+        (folder / ".step-2.safetensors.x_1y2z3w.tmp").write_bytes(b"half")
+    others = {"notes.tmp", ".notes.tmp", ".notes.txt.tmp"}
+    for name in others:
+        (tmp_path / name).write_text("the user's")
     checkpoints.sweep()
-    assert {p.name for p in tmp_path.rglob("*")} == {"checkpoints", path.name, "notes.tmp"}
+    assert {p.name for p in tmp_path.rglob("*")} == {"checkpoints", path.name, *others}

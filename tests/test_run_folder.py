@@ -8,6 +8,7 @@ import pytest
 
 from gpucnn.errors import CheckpointError
 from gpucnn.training.run_folder import new_folder, run_folder
+from tests.full_disk import files_of_at_most
 
 
 def hold(folder, ready, done):
@@ -44,6 +45,12 @@ def test_a_killed_process_keeps_nobody_out(tmp_path):
         (folder / "config.toml").touch()
         assert f"process {os.getpid()} " in (folder / ".lock").read_text()
     assert [p.name for p in folder.iterdir()] == ["config.toml"]
+
+
+def test_no_room_for_the_lock_leaves_nothing(tmp_path):  # row 51
+    with files_of_at_most(0), run_folder(tmp_path / "a", resume=False) as folder:
+        assert (folder / ".lock").exists()
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("mark", ["config.toml", "model.safetensors", "checkpoints"])

@@ -3,9 +3,6 @@ from __future__ import annotations
 
 import csv
 import json
-import resource
-import signal
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,6 +10,7 @@ import pytest
 from gpucnn.errors import DataError
 from gpucnn.training import EpochRecord, Evaluation, StepRecord
 from gpucnn.training.run_log import RunLog, read_jsonl
+from tests.full_disk import files_of_at_most
 
 
 def write(log, epochs, start=0):
@@ -65,19 +63,6 @@ def test_an_epoch_that_was_logged_before_a_kill_is_logged_once(tmp_path):
     assert [line["step"] for line in read_jsonl(tmp_path / "log.jsonl")] == [1, 2, 2, 3, 4]
     log.epoch(EpochRecord(2, 9, 4, 0.5, 0.5, None, True, 2.0, 8))
     assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2"]
-
-
-@contextmanager
-def files_of_at_most(size):
-    """Writing beyond writes what fits and then fails, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_full_disk_costs_no_lines(tmp_path):  # row 51

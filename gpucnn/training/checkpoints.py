@@ -48,6 +48,10 @@ class Checkpoints:
             return []
         return sorted((p for p in self.folder.iterdir() if _NAME.fullmatch(p.name)), key=_step)
 
+    def path(self, step: int) -> Path:
+        """Of the checkpoint after so many steps, whether it is there or not."""
+        return self.folder / f"step-{step}.safetensors"
+
     def save(self, step: int, arrays: dict[str, np.ndarray], facts: dict[str, Any],
              best: int | None = None) -> Path:
         """Write one, then delete those that need not stay.
@@ -56,7 +60,7 @@ class Checkpoints:
 
         Raises CheckpointError where it cannot be written; those before are left alone.
         """
-        path = self.folder / f"step-{step}.safetensors"
+        path = self.path(step)
         # safetensors writes the memory as it lies, which for a transposed view is another array.
         arrays = {name: np.asarray(a, order="C") for name, a in arrays.items()}
         text = json.dumps(facts)
@@ -91,7 +95,7 @@ class Checkpoints:
     def sweep(self) -> None:
         """Delete what a killed process has half written. Nobody else may be writing."""
         for folder in (self.folder, self.folder.parent):
-            for path in folder.glob(".*.tmp"):
+            for path in folder.glob(".*.????????.tmp"):
                 with suppress(OSError):
                     path.unlink()
 

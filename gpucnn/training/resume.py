@@ -24,7 +24,8 @@ def environment(backend: Backend) -> dict[str, Any]:
     return {"backend": backend.name, "device": machine.device_name(backend),
             "cpu": machine.cpu_name(), "gpucnn": gpucnn.__version__,
             "python": platform.python_version(), "numpy": np.__version__,
-            **({} if backend.name == "numpy" else {backend.name: backend.xp.__version__})}
+            **({"blas": machine.blas_name()} if backend.name == "numpy" else
+               {backend.name: backend.xp.__version__})}
 
 
 def fingerprint(dataset: Dataset) -> str:

@@ -6,8 +6,8 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from gpucnn.errors import CheckpointError
 from gpucnn.files import one_line
@@ -61,7 +61,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """The system gives the lock up when the process ends, however it does."""
     import fcntl  # not on Windows
     path = folder / LOCK_FILE
-    with open(path, "a+b") as file:
+    with open(path, "a+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -70,18 +70,18 @@ def _locked(folder: Path) -> Iterator[None]:
         # Who had it may have deleted the file between our opening and locking it.
         if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
             raise CheckpointError(f"{one_line(folder)} was in use a moment ago; try again")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on host {socket.gethostname()} since "
-                   f"{datetime.now():%Y-%m-%d %H:%M}".encode())
-        file.flush()
         try:
+            with suppress(OSError):  # no room to say who has it
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on host {socket.gethostname()} since "
+                           f"{datetime.now():%Y-%m-%d %H:%M}".encode())
             yield
         finally:
             with suppress(OSError):
                 path.unlink()
 
 
-def _holder(file: BinaryIO) -> str:
+def _holder(file: FileIO) -> str:
     file.seek(0)
     text = file.read(200).decode(errors="replace")
     return f" by {one_line(text)}" if text else ""
