@@ -61,6 +61,8 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
             raise
         print(f"gpucnn: error: {one_line(e) or type(e).__name__}", file=sys.stderr)
         code = 2 if isinstance(e, UsageError) else 1
+    for number in (signal.SIGINT, signal.SIGTERM):  # no traceback while Python ends
+        signal.signal(number, signal.SIG_DFL)
     sys.exit(code)
 
 

@@ -305,6 +305,16 @@ def test_a_reader_that_goes_away_is_no_error(trained):
     assert "Error" not in errors
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_python_ends_leaves_no_traceback(number):
+    program = ("import argparse, atexit, signal; from gpucnn import cli; "
+               f"atexit.register(signal.raise_signal, {number:d}); "
+               "cli.run(lambda arguments: 0, argparse.ArgumentParser())")
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True,
+                            check=False)
+    assert (result.returncode, result.stderr) == (-number, b"")
+
+
 def test_closed_outputs_are_no_error(monkeypatch):  # as by >&- 2>&-
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(sys, "argv", ["it.py"])
