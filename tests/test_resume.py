@@ -65,7 +65,7 @@ def test_a_run_killed_ten_times_ends_with_the_same_bits(backend, tmp_path):
         before = newest(killed)
         process = forked.start((*settings, "--out", killed, "--resume"), output, backend)
         # At some moment: before the training or after it, or soon after the next checkpoint.
-        if attempt % 5 == 0 or before and before.name == last:
+        if attempt % 5 == 0 or (before and before.name == last):
             process.join(startup * rng.random())
         else:
             until(lambda before=before: newest(killed) != before, process)

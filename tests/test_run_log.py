@@ -102,9 +102,9 @@ def test_steps_are_on_the_disk_once_they_are_flushed(tmp_path):
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
-    pytest.importorskip("tensorboardX", reason="needs pip install 'gpucnn[tensorboard]'")
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-    from tensorboardX.record_writer import masked_crc32c
+    pytest.importorskip("tensorboard", reason="needs pip install 'gpucnn[tensorboard]'")
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
     log = RunLog(tmp_path)
     write(log, 1)
     (path,) = (tmp_path / "tensorboard").iterdir()

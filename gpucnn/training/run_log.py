@@ -9,7 +9,6 @@ import io
 import json
 import os
 import socket
-import struct
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -131,11 +130,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def tensorboard_file(folder: Path, steps: int) -> _Appended | None:
     """A new file of events in tensorboard/; None without the extra `tensorboard`.
 
-    Not by tensorboardX's own writer: its thread ends on a full disk, and then training waits for
-    it for ever.
+    Not by TensorBoard's own writer: its thread ends on a full disk, and then training waits for it
+    for ever.
     """
     try:
-        import tensorboardX  # noqa: F401
+        import tensorboard.compat.proto  # noqa: F401
     except ImportError:
         return None
     name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
@@ -148,13 +147,12 @@ def tensorboard_file(folder: Path, steps: int) -> _Appended | None:
 
 
 def _event(**fields: Any) -> bytes:
-    """An event as TensorBoard's files have it: length, its checksum, the event, its checksum."""
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.record_writer import masked_crc32c
-    data = Event(wall_time=time.time(), **fields).SerializeToString()
-    length = struct.pack("<Q", len(data))
-    return b"".join((length, struct.pack("<I", masked_crc32c(length)),
-                     data, struct.pack("<I", masked_crc32c(data))))
+    """An event as it stands in TensorBoard's files."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    record = io.BytesIO()
+    RecordWriter(record).write(Event(wall_time=time.time(), **fields).SerializeToString())
+    return record.getvalue()
 
 
 def _json_line(value: dict[str, Any]) -> str:
