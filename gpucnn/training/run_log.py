@@ -141,7 +141,7 @@ def tensorboard_file(folder: Path, steps: int) -> _Appended | None:
     path = folder / "tensorboard" / name
     path.parent.mkdir(exist_ok=True)
     # What was written after the checkpoint is hidden by TensorBoard, from this step on.
-    write_atomically(path, _event(file_version="brain.Event:2") +
+    path.write_bytes(_event(file_version="brain.Event:2") +
                      _event(step=steps + 1, session_log={"status": "START"}))
     return _Appended(path)
 
