@@ -21,7 +21,7 @@ from gpucnn.backend import Backend
 from gpucnn.config import to_toml
 from gpucnn.data import Dataset, Loader
 from gpucnn.data.loader import shuffled, to_float
-from gpucnn.errors import CheckpointError
+from gpucnn.errors import CheckpointError, DataError
 from gpucnn.files import one_line, write_atomically
 from gpucnn.layers import Whiten2D
 from gpucnn.layers.memory import step_memory
@@ -86,7 +86,10 @@ class Run:
         """The resolved settings, and each start of the run with what it ran on."""
         write_atomically(self.folder / CONFIG_FILE, to_toml(settings).encode())
         path = self.folder / "environment.json"
-        starts = json.loads(path.read_text()) if path.exists() else []
+        try:
+            starts = json.loads(path.read_bytes()) if path.exists() else []
+        except ValueError as e:
+            raise DataError(f"{one_line(path)}: not JSON; delete it to go on without it") from e
         starts.append({"started": datetime.now().isoformat(timespec="seconds"),
                        "command": shlex.join(["train.py", *sys.argv[1:]]),
                        "git_commit": git_commit(), **self.facts["environment"]})

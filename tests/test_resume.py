@@ -124,6 +124,13 @@ def test_the_model_is_that_of_the_checkpoint_again(run, tmp_path):
     assert result(tmp_path / "a") == result(run)
 
 
+def test_a_damaged_list_of_starts_is_named(run, tmp_path):
+    shutil.copytree(run, tmp_path / "a")
+    (tmp_path / "a" / "environment.json").write_text("x")
+    message = resume(run, tmp_path)
+    assert message.endswith("a/environment.json: not JSON; delete it to go on without it")
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--batch-size", 2), "batch_size is 2, the checkpoint was made with 4; pass --override "
      "batch_size to accept"),
