@@ -62,6 +62,8 @@ class Optimizer:
     learning_rate may be changed between steps. `state` holds the optimiser's own arrays, each as
     long as the parameters.
 
+    weight_decay: theta -= eta weight_decay theta beside the update, sparing biases and the
+        parameters of norms (Loshchilov and Hutter 2019, "Decoupled weight decay regularization").
     clip_norm: the largest norm that all gradients together may have, as in clip_gradients(); the
         GPU is not waited for, and the gradients are not written.
     loss_scale: what the loss was multiplied with.
@@ -74,16 +76,17 @@ class Optimizer:
     """
 
     state_names: tuple[str, ...] = ()
-    weight_decay = 0.0
 
-    def __init__(self, model: Layer, learning_rate: float, *, clip_norm: float | None = None,
-                 loss_scale: LossScale | None = None):
+    def __init__(self, model: Layer, learning_rate: float, *, weight_decay: float = 0.0,
+                 clip_norm: float | None = None, loss_scale: LossScale | None = None):
         if not model.built:
             raise RuntimeError("the optimizer needs a built model; call model.build(input_shape)")
         if clip_norm is not None:
             check_number("clip_norm", clip_norm, 0, float("inf"))
+        check_number("weight_decay", weight_decay, 0, float("inf"))
         check_loss_scale(loss_scale)
         self.model = model
+        self.weight_decay = weight_decay
         self.clip_norm, self.loss_scale = clip_norm, loss_scale
         self.xp: Any = model.backend.xp
         self.state: dict[str, Array] = {n: self.xp.zeros_like(model.flat_data)
@@ -283,17 +286,13 @@ class Adam(Optimizer):
 
 
 class AdamW(Adam):
-    """Adam, with theta -= eta weight_decay theta beside it (Loshchilov and Hutter 2019).
-
-    Weight decay spares biases and the parameters of norms.
-    """
+    """Adam with a weight decay by default (Loshchilov and Hutter 2019)."""
 
     def __init__(self, model: Layer, learning_rate: float = 0.001, beta1: float = 0.9,
                  beta2: float = 0.999, epsilon: float = 1e-8, weight_decay: float = 0.01,
                  **options: Any):
-        super().__init__(model, learning_rate, beta1, beta2, epsilon, **options)
-        check_number("weight_decay", weight_decay, 0, float("inf"))
-        self.weight_decay = weight_decay
+        super().__init__(model, learning_rate, beta1, beta2, epsilon, weight_decay=weight_decay,
+                         **options)
 
 
 # What a user calls them.

@@ -56,7 +56,8 @@ def parser() -> TrainParser:
     group.add_argument("--learning-rate", type=cli.positive_float, metavar="ETA",
                        help="(default: the optimizer's own)")
     group.add_argument("--weight-decay", type=cli.nonnegative_float, metavar="L",
-                       help="of adamw, sparing biases and norms (default: 0.01)")
+                       help="shrink the weights by this share of the learning rate in each step, "
+                            "sparing biases and norms (default: 0.01 for adamw, else 0)")
     group.add_argument("--schedule", choices=schedules.BY_NAME, default="constant",
                        help="of the learning rate, step by step: as it is, a tenth of it after "
                             "each third of the epochs, down to 0 along a cosine, or up and down in "
@@ -141,9 +142,6 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.patience and not arguments.validation:
         raise cli.UsageError("--patience needs --validation: stopping by the test set would fit "
                              "the model to it")
-    if arguments.weight_decay is not None and arguments.optimizer != "adamw":
-        raise cli.UsageError(f"--weight-decay goes with --optimizer adamw, not "
-                             f"{arguments.optimizer}")
 
 
 def require_tqdm() -> None:

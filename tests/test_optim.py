@@ -241,6 +241,19 @@ def test_a_huge_gradient_is_not_taken_for_an_infinite_one(backend):
     assert optimizer.steps == 1
 
 
+@pytest.mark.parametrize("name", optim.BY_NAME)
+def test_each_optimizer_can_shrink_weights_and_spares_biases(name, backend, rng):
+    models = [make_model() for _ in range(2)]
+    d, before = models[0].decayed_size, backend.to_numpy(models[0].flat_data).copy()
+    g = rng.standard_normal(before.size)
+    for model, decay in zip(models, (0.0, 0.5)):
+        model.flat_grad[...] = backend.asarray(g)
+        optim.BY_NAME[name](model, learning_rate=RATE, weight_decay=decay).step()
+    plain, shrunk = (backend.to_numpy(model.flat_data) for model in models)
+    np.testing.assert_allclose(shrunk[:d], plain[:d] - RATE * 0.5 * before[:d], rtol=0, atol=1e-15)
+    np.testing.assert_array_equal(shrunk[d:], plain[d:])
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_clipping_and_the_update_equal_torch(name, backend, rng):
     torch = pytest.importorskip("torch")

@@ -274,7 +274,6 @@ def test_no_room_for_checkpoints_ends_in_an_error_but_trains_on(tmp_path, monkey
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--resume",), "--resume needs --out"),
     (("--patience", 3), "--patience needs --validation"),
-    (("--weight-decay", 0.1), "--weight-decay goes with --optimizer adamw, not adam"),
     (("--override", "batchsize"), "--override: batchsize is not a setting; it takes one of data, "),
 ])
 def test_flags_that_do_not_go_together_are_usage_errors(arguments, message, tmp_path):
