@@ -8,6 +8,7 @@ import argparse
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,7 +40,8 @@ class UsageError(Exception):
 def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser) -> None:
     """Parse the command line, call main, and exit.
 
-    Failures are one line on standard error; --debug shows the traceback instead.
+    Failures are one line on standard error, and so are warnings; --debug shows the traceback of an
+    error and the place of a warning instead.
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for name in ("stdout", "stderr"):
@@ -47,6 +49,8 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for good)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _terminate)
+    if not arguments.debug:
+        warnings.formatwarning = lambda message, *place, **line: f"warning: {one_line(message)}\n"
     try:
         code = main(arguments) or 0
         sys.stdout.flush()

@@ -371,6 +371,18 @@ def test_help(script):
     assert "--debug" in text
 
 
+def test_a_warning_is_one_line(tmp_path):
+    script = tmp_path / "warn.py"
+    script.write_text("import argparse, warnings\nfrom gpucnn import cli\n"
+                      "cli.run(lambda a: warnings.warn('so\\nit is'), argparse.ArgumentParser())")
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True,
+                            env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert result.stderr == "warning: so\\nit is\n"
+    result = subprocess.run([sys.executable, script, "--debug"], capture_output=True, text=True,
+                            check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert "warn.py:3: UserWarning: so" in result.stderr
+
+
 def test_debug_shows_the_traceback(tmp_path):
     result = subprocess.run([sys.executable, "-m", "scripts.evaluate", "--run", str(tmp_path),
                              "--debug"], cwd=ROOT, capture_output=True, text=True, check=False,
