@@ -289,11 +289,17 @@ def stopping(training: Training) -> Iterator[list[int]]:
 
 
 def split(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset | None]:
-    """The training images, and those kept back for validation: a random share of them."""
+    """The training images, and those kept back for validation: a random share of them.
+
+    Raises UsageError for a share that leaves no image on either side.
+    """
+    if not share:
+        return dataset, None
     n = len(dataset)
     count = round(n * share)
-    if not count:
-        return dataset, None
+    if not 0 < count < n:
+        raise cli.UsageError(f"--validation: {share:g} of {n:,} training images is {count:,}; it "
+                             "must leave at least one image for each of validation and training")
     order = shuffled(n, seed, 2**32)  # no epoch has that number
 
     def part(numbers: np.ndarray, name: str) -> Dataset:

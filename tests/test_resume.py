@@ -274,6 +274,8 @@ def test_no_room_for_checkpoints_ends_in_an_error_but_trains_on(tmp_path, monkey
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--resume",), "--resume needs --out"),
     (("--patience", 3), "--patience needs --validation"),
+    (("--validation", 0.01), "--validation: 0.01 of 40 training images is 0; it must leave"),
+    (("--validation", 0.99), "--validation: 0.99 of 40 training images is 40; it must leave"),
     (("--override", "batchsize"), "--override: batchsize is not a setting; it takes one of data, "),
 ])
 def test_flags_that_do_not_go_together_are_usage_errors(arguments, message, tmp_path):
