@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -35,6 +35,13 @@ Number = TypeVar("Number", int, float)
 
 class UsageError(Exception):
     """What was asked for cannot be done as asked: exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says what is wrong on one line, as all other errors are said."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"gpucnn: error: {one_line(message)}; see {self.prog} --help\n")
 
 
 def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser) -> None:
@@ -63,11 +70,18 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
             MemoryError) as e:
         if arguments.debug:
             raise
-        print(f"gpucnn: error: {one_line(e) or type(e).__name__}", file=sys.stderr)
+        print(f"gpucnn: error: {_message(e)}", file=sys.stderr)
         code = 2 if isinstance(e, UsageError) else 1
     for number in (signal.SIGINT, signal.SIGTERM):  # no traceback while Python ends
         signal.signal(number, signal.SIG_DFL)
     sys.exit(code)
+
+
+def _message(e: Exception) -> str:
+    """On one line; errors of the system without their number and the quotes of Python."""
+    if isinstance(e, OSError) and e.filename is not None and e.strerror:
+        return one_line(f"{e.filename}: {e.strerror}")
+    return one_line(e) or type(e).__name__
 
 
 def choose_backend() -> Backend:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gpucnn import cli
 from gpucnn.errors import DataError
 from gpucnn.files import one_line, open_file
 
@@ -17,7 +18,7 @@ else:
     import tomli as tomllib
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(cli.Parser):
     """An argument parser that takes the settings of a TOML file as defaults.
 
     The file is the positional argument `config`, added here; a key of it is the name of a flag,

@@ -68,7 +68,7 @@ CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="benchmark.py", description=__doc__)
+    p = cli.Parser(prog="benchmark.py", description=__doc__)
     commands = p.add_subparsers(dest="command", required=True)
     cores = allowed_cores()
     for name, (_, summary) in COMMANDS.items():

@@ -22,7 +22,7 @@ from gpucnn.viz import plot_confusion, require_matplotlib
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="evaluate.py", description=__doc__)
+    p = cli.Parser(prog="evaluate.py", description=__doc__)
     cli.add_run_argument(p)
     cli.add_data_arguments(p)
     p.add_argument("--part", choices=("train", "test"), default="test",

@@ -15,7 +15,7 @@ STEP = 10_000  # images, after which the progress is told
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="pack.py", description=__doc__)
+    p = cli.Parser(prog="pack.py", description=__doc__)
     p.add_argument("data", metavar="SRC", help=cli.DATA)
     p.add_argument("out", metavar="OUT", type=Path, nargs="?",
                    help="the new folder; give it to train.py with --data")

@@ -27,8 +27,8 @@ Row = dict[str, Any]
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="performance.py", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.Parser(prog="performance.py", description=__doc__,
+                   formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--benchmarks", type=Path, default=ROOT / "benchmarks", metavar="DIR",
                    help="where the JSON files are (default: benchmarks/ of the repository)")
     p.add_argument("--template", type=Path, default=ROOT / "docs" / "performance.template",

@@ -70,7 +70,7 @@ Batches = Iterable[list[Prediction]]
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="predict.py", description=__doc__)
+    p = cli.Parser(prog="predict.py", description=__doc__)
     p.add_argument("images", nargs="+", metavar="IMAGE",
                    help="a file, a folder (with all images below it), or - for an image on "
                         "standard input")

@@ -14,7 +14,7 @@ from gpucnn.report import RunRecord, read_record, require_pillow, write_comparis
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="report.py", description=__doc__)
+    p = cli.Parser(prog="report.py", description=__doc__)
     p.add_argument("runs", nargs="+", metavar="RUN", type=Path,
                    help="a run folder; one gives its report.html, several a comparison of what "
                         "their history.json and metrics.json say")

@@ -61,9 +61,9 @@ def test_wrong_files_are_usage_errors(text, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         parse(tmp_path, text)
     assert end.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("it: error: ")
-    assert message in last
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("gpucnn: error: ")
+    assert message in line
 
 
 @pytest.mark.parametrize(("name", "message"), [

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import termios
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -235,7 +236,9 @@ def test_a_whitening_layer_is_fitted_to_the_training_images(tmp_path):
 
 @pytest.mark.parametrize(("arguments", "message"), USAGE.values(), ids=USAGE)
 def test_wrong_usage_exits_2(arguments, message):
-    assert message in run("scripts.train", *arguments, code=2).stderr
+    result = run("scripts.train", *arguments, code=2)
+    assert message in error_of(result)
+    assert result.stderr.count("\n") == 1 or "backend" in result.stderr.splitlines()[0]
 
 
 def test_backends_that_cannot_work_exit_2(tmp_path):  # rows 43 to 45
@@ -315,9 +318,18 @@ def test_a_signal_while_python_ends_leaves_no_traceback(number):
     assert (result.returncode, result.stderr) == (-number, b"")
 
 
+def test_errors_of_the_system_are_said_without_their_number():
+    program = "from gpucnn import cli; cli.run(lambda arguments: open('none/it'), cli.Parser())"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True,
+                            text=True, check=False)
+    assert (result.returncode, result.stderr) == (
+        1, "gpucnn: error: none/it: No such file or directory\n")
+
+
 def test_closed_outputs_are_no_error(monkeypatch):  # as by >&- 2>&-
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(sys, "argv", ["it.py"])
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # restores it
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
     with pytest.raises(SystemExit) as end:
