@@ -113,7 +113,7 @@ def test_an_optimizer_of_ones_own(backend):
     (DATA, {"optimizer": "adem"}, ValueError, "fit: optimizer must be a function or one of sgd, "),
     (DATA, {"optimizer": 3}, TypeError, "fit: optimizer must be a name or a function, got 3"),
     (DATA, {"schedule": "linear"}, ValueError, "fit: schedule must be a function or one of const"),
-    (DATA, {"on_epoch": 3}, TypeError, "'int' object is not iterable"),
+    (DATA, {"on_epoch": 3}, TypeError, "fit: on_epoch must be a function or several, got 3"),
     (DATA, {"on_step": ["print"]}, TypeError, "fit: on_step must be a function or several"),
     (DATA, {"optimizer": optim.Adam, "learning_rate": 1.0}, ValueError, "fit: learning_rate goes "),
     (DATA, {"patience": 2}, ValueError, "Training: patience needs a validation set"),

@@ -536,3 +536,9 @@ def test_a_norm_without_scale_learns_its_shift_alone(backend, rng, tmp_path):
 def test_a_factor_is_finite(factor):
     with pytest.raises(ValueError, match="^Scale: factor must be finite, got"):
         Scale(factor)
+
+
+def test_a_convolution_that_does_not_fit_is_named_once(backend):
+    layer = Conv2D(2, 5)
+    with pytest.raises(ValueError, match=r"^Conv2D: kernel 5x5 is larger than the padded input 4x"):
+        layer.build((4, 4, 1))

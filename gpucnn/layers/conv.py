@@ -125,9 +125,10 @@ class Conv2D(Layer):
 
     def plan(self, batch: int, input_gradient: bool = True) -> dict[str, PassPlan]:
         """As Layer.plan. Raises ValueError where the algorithm cannot compute this convolution."""
+        window = self.window  # says itself where it does not fit
         try:
             return self.backend.conv2d_plan(
-                (batch, *self.input_shape), self.w.shape, self.window,
+                (batch, *self.input_shape), self.w.shape, window,
                 self.groups, self.dtype, self.algorithm, input_gradient, self.precision.tf32)
         except ValueError as e:
             raise ValueError(f"{self.where}: {e}") from None

@@ -168,7 +168,7 @@ def _check_name(what: str, value: Any, names: dict[str, Any]) -> None:
 
 
 def _functions(what: str, given: Any) -> list[Callable]:
-    functions = [given] if callable(given) else list(given)
+    functions = [given] if callable(given) or not isinstance(given, Iterable) else list(given)
     if not all(map(callable, functions)):
         raise TypeError(f"fit: {what} must be a function or several, got {given!r}")
     return functions
