@@ -104,11 +104,15 @@ def require_precision(name: str, backend: Backend) -> None:
         raise UsageError(str(e)) from e
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+def add_data_arguments(parser: argparse.ArgumentParser, of_run: bool = False) -> None:
+    """of_run: without --data it is None, for config.take_data_of_run to fill in."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data", metavar="NAME|PATH", default="fashion-mnist-subset",
-                       help=f"{DATA} (default: %(default)s, 10,000 + 2,000 images that ship with "
-                            "gpucnn)")
+    subset = "fashion-mnist-subset"
+    default = f"{subset}, 10,000 + 2,000 images that ship with gpucnn"
+    if of_run:
+        default = f"those of the run, or {default}"
+    group.add_argument("--data", metavar="NAME|PATH",
+                       default=None if of_run else subset, help=f"{DATA} (default: {default})")
     add_data_options(group)
 
 
@@ -205,12 +209,8 @@ def add_run_argument(parser: argparse.ArgumentParser) -> None:
                         help="a run folder or a .safetensors file (default: the newest of runs/)")
 
 
-def load_run(path: Path | None) -> tuple[Layer, list[str]]:
-    """The model of a run, and the names of its classes or else their numbers.
-
-    Says on standard error which run. Raises DataError where there is none, ModelFormatError where
-    the names are none.
-    """
+def find_model(path: Path | None) -> Path:
+    """The .safetensors file of --run. Raises DataError where there is none."""
     if path is None:
         runs = sorted(Path("runs").glob(f"*/{MODEL_FILE}"), key=lambda p: p.stat().st_mtime)
         if not runs:
@@ -222,6 +222,16 @@ def load_run(path: Path | None) -> tuple[Layer, list[str]]:
     if not path.exists():
         raise DataError(f"{one_line(path)}: no such model; give a run folder or a .safetensors "
                         "file with --run")
+    return path
+
+
+def load_run(path: Path | None) -> tuple[Layer, list[str]]:
+    """The model of a run, and the names of its classes or else their numbers.
+
+    Says on standard error which run. Raises DataError where there is none, ModelFormatError where
+    the names are none.
+    """
+    path = find_model(path)
     print(f"gpucnn: model {one_line(path)}", file=sys.stderr)
     model, metadata = load_model(path)
     n = model.output_shape[0]

@@ -11,6 +11,7 @@ from typing import Any
 from gpucnn import cli
 from gpucnn.errors import DataError
 from gpucnn.files import one_line, open_file
+from gpucnn.training.run_folder import CONFIG_FILE
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,7 +35,7 @@ class Parser(cli.Parser):
         arguments = super().parse_args(args)
         path = self.config_of(arguments)
         if path is not None:
-            self.set_defaults(**self._read(path))
+            self.set_defaults(**self.read(path))
             arguments = super().parse_args(args)
         return arguments
 
@@ -42,7 +43,11 @@ class Parser(cli.Parser):
         """Which file to read, by the flags alone."""
         return arguments.config
 
-    def _read(self, path: Path) -> dict[str, Any]:
+    def read(self, path: Path, only_known: bool = False) -> dict[str, Any]:
+        """The settings of a file, as the flags would give them.
+
+        only_known: leave out keys that name no flag here.
+        """
         where = one_line(path)
         try:
             with open_file(path) as file:
@@ -58,6 +63,8 @@ class Parser(cli.Parser):
         for key, value in settings.items():
             name = key.replace("-", "_")
             if name not in actions:
+                if only_known:
+                    continue
                 near = difflib.get_close_matches(name, actions, 1)
                 hint = f"did you mean {near[0]}" if near else "--help lists the settings"
                 self.error(f"{where}: {one_line(key)} is not a setting; {hint}")
@@ -87,6 +94,24 @@ class Parser(cli.Parser):
             self.error(f"{where} must be one of {', '.join(map(str, action.choices))}, got "
                        f"{one_line(value)}")
         return converted
+
+
+def take_data_of_run(arguments: argparse.Namespace, run: Path) -> None:
+    """Where there is no --data: that of the run, read as the run did where no flag says otherwise.
+
+    run: its folder. One without a config.toml has the defaults; a wrong one is a usage error.
+    """
+    if arguments.data is not None:
+        return
+    parser = Parser(prog="train.py")
+    cli.add_data_arguments(parser)
+    settings = vars(parser.parse_args([]))
+    path = run / CONFIG_FILE
+    if path.exists():
+        settings |= parser.read(path, only_known=True)
+    for name, value in settings.items():
+        if getattr(arguments, name, value) is None:
+            setattr(arguments, name, value)
 
 
 def to_toml(settings: dict[str, Any]) -> str:

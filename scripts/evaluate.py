@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for python scrip
 import numpy as np
 
 from gpucnn import cli, metrics
+from gpucnn.config import take_data_of_run
 from gpucnn.data import Dataset, Loader
 from gpucnn.errors import DataError
 from gpucnn.files import one_line, write_atomically
@@ -24,7 +25,7 @@ from gpucnn.viz import plot_confusion, require_matplotlib
 def parser() -> argparse.ArgumentParser:
     p = cli.Parser(prog="evaluate.py", description=__doc__)
     cli.add_run_argument(p)
-    cli.add_data_arguments(p)
+    cli.add_data_arguments(p, of_run=True)
     p.add_argument("--part", choices=("train", "test"), default="test",
                    help="of the data (default: %(default)s)")
     p.add_argument("--batch-size", type=cli.positive_int, default=500,
@@ -41,7 +42,9 @@ def main(arguments: argparse.Namespace) -> None:
     for option in ("json", "csv", "plot"):
         cli.require_folder_of(f"--{option}", getattr(arguments, option))
     cli.choose_backend()
-    model, classes = cli.load_run(arguments.run)
+    path = cli.find_model(arguments.run)
+    model, classes = cli.load_run(path)
+    take_data_of_run(arguments, path.parent)
     train_set, test_set = cli.load_data(arguments, model.input_shape)
     dataset = train_set if arguments.part == "train" else test_set
     check_fits(model, classes, dataset)

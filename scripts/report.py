@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for python scripts/report.py
 
 from gpucnn import cli
+from gpucnn.config import take_data_of_run
 from gpucnn.data import Dataset
 from gpucnn.files import one_line
 from gpucnn.report import RunRecord, read_record, require_pillow, write_comparison, write_report
@@ -20,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
                         "their history.json and metrics.json say")
     p.add_argument("--out", type=Path, metavar="FILE",
                    help="of the comparison (default: compare.html)")
-    cli.add_data_arguments(p)
+    cli.add_data_arguments(p, of_run=True)
     return p
 
 
@@ -46,6 +47,7 @@ def main(arguments: argparse.Namespace) -> None:
 def test_images(arguments: argparse.Namespace, record: RunRecord,
                 input_shape: tuple[int, ...]) -> Dataset:
     """As many as the run was tested on, of the data that it was trained on."""
+    take_data_of_run(arguments, record.folder)
     train_set, test_set = cli.load_data(arguments, input_shape)
     trained_on = record.metrics.get("train_set", train_set.name)
     if trained_on != train_set.name:

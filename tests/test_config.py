@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gpucnn import cli
-from gpucnn.config import Parser, to_toml
+from gpucnn.config import Parser, take_data_of_run, to_toml
 
 
 def parser():
@@ -86,3 +86,27 @@ def test_settings_written_down_are_read_again(tmp_path):
     got = parse(tmp_path, text)
     assert {name: getattr(got, name) for name in settings} == {**settings,
                                                                "out": Path(settings["out"])}
+
+
+def data_of_run(folder, text, *given):
+    (folder / "config.toml").write_text(text)
+    its = cli.Parser()
+    cli.add_data_arguments(its, of_run=True)
+    arguments = its.parse_args(given)
+    take_data_of_run(arguments, folder)
+    return arguments.data, arguments.image_size, arguments.channels
+
+
+def test_data_is_that_of_the_run_unless_flags_say_otherwise(tmp_path):
+    text = "data = 'photos'\nimage_size = '32x48'\nchannels = 1\nmodel = 'any'\n"
+    assert data_of_run(tmp_path, text) == ("photos", "32x48", 1)
+    assert data_of_run(tmp_path, text, "--channels", "3") == ("photos", "32x48", 3)
+    assert data_of_run(tmp_path, text, "--data", "mnist") == ("mnist", None, None)
+    assert data_of_run(tmp_path, "") == ("fashion-mnist-subset", None, None)
+
+
+def test_a_run_with_wrong_data_settings_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        data_of_run(tmp_path, "image_size = 'a'")
+    assert f"{tmp_path / 'config.toml'}: image_size: must be an int, got a" in (
+        capsys.readouterr().err)

@@ -362,8 +362,8 @@ def test_photographs_train_and_predict_with_two_commands(photos, tmp_path):
     [trained] = (tmp_path / "runs").iterdir()
     assert "going on from" in run("train.py", "--out", trained, "--resume", "--workers", 2)
     assert re.search(r"0\.png +(cats|dogs) +\d+\.\d%", run("predict.py", photos / "cats" / "0.png"))
-    assert "photos-test: 3 images, accuracy" in run("evaluate.py", "--data", photos)
-    assert "report.html" in run("report.py", trained, "--data", photos)
+    assert "photos-test: 3 images, accuracy" in run("evaluate.py")  # the data of the run
+    assert "report.html" in run("report.py", trained)
 
 
 def test_evaluation_reads_a_folder_as_the_model_was_trained(photos):
