@@ -139,6 +139,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
                                  f"{', '.join(settings)}, train_set, test_set")
     if arguments.resume and arguments.out is None:
         raise cli.UsageError("--resume needs --out, the folder of the run that is to go on")
+    if arguments.warm_up and arguments.warm_up > arguments.epochs:
+        raise cli.UsageError(f"--warm-up: {arguments.warm_up:g} epochs are more than the "
+                             f"{arguments.epochs} of --epochs, so that it would never end")
     if arguments.patience and not arguments.validation:
         raise cli.UsageError("--patience needs --validation: stopping by the test set would fit "
                              "the model to it")

@@ -274,6 +274,7 @@ def test_no_room_for_checkpoints_ends_in_an_error_but_trains_on(tmp_path, monkey
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--resume",), "--resume needs --out"),
     (("--patience", 3), "--patience needs --validation"),
+    (("--warm-up", 99), "--warm-up: 99 epochs are more than the "),
     (("--validation", 0.01), "--validation: 0.01 of 40 training images is 0; it must leave"),
     (("--validation", 0.99), "--validation: 0.99 of 40 training images is 40; it must leave"),
     (("--override", "batchsize"), "--override: batchsize is not a setting; it takes one of data, "),
