@@ -7,6 +7,7 @@ lines of pytest's output say which.
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,10 @@ import pytest
 
 from gpucnn.backend import cupy_obstacle, make_backend, use_backend
 from tests import gpusim
+
+# Shells start background jobs with SIGINT ignored, and so would the processes be that tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _NO_GPU = cupy_obstacle()
 SIMULATOR_WORKS, _WHY_NOT = gpusim.available()
