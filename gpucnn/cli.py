@@ -1,6 +1,7 @@
 """What the scripts share: errors on one line, exit codes, the backend, and finding a run.
 
-Exit codes: 0 success, 1 failure, 2 wrong usage, 130 and 143 for SIGINT and SIGTERM.
+Exit codes: 0 success, 1 failure, 2 wrong usage, 130, 141 and 143 for SIGINT, SIGPIPE and
+SIGTERM.
 """
 from __future__ import annotations
 
@@ -44,6 +45,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"gpucnn: error: {one_line(message)}; see {self.prog} --help\n")
 
 
+class Unfinished(BrokenPipeError):
+    """The reader of our output has gone before the work was done: exit code 141, as of SIGPIPE."""
+
+
 def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser) -> None:
     """Parse the command line, call main, and exit.
 
@@ -63,9 +68,9 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+    except BrokenPipeError as e:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = 141 if isinstance(e, Unfinished) else 0
     except (GpucnnError, UsageError, ValueError, TypeError, OSError, ImportError,
             MemoryError) as e:
         if arguments.debug:

@@ -6,6 +6,7 @@ killed goes on with --resume, and ends with the same bits as one that never was.
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from pathlib import Path
 
@@ -117,6 +118,7 @@ def main(arguments: argparse.Namespace) -> int:
     backend = cli.choose_backend()
     cli.require_precision(arguments.precision, backend)
     check_arguments(arguments)
+    resolve(arguments)
     cli.augmentation_of(arguments)  # what is wrong with it, before the data is read
     require_tqdm()
     require_matplotlib()
@@ -145,6 +147,15 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.patience and not arguments.validation:
         raise cli.UsageError("--patience needs --validation: stopping by the test set would fit "
                              "the model to it")
+
+
+def resolve(arguments: argparse.Namespace) -> None:
+    """Where no learning rate or weight decay is given, write down the optimizer's own."""
+    own = inspect.signature(optim.BY_NAME[arguments.optimizer]).parameters
+    if arguments.learning_rate is None:
+        arguments.learning_rate = own["learning_rate"].default
+    if arguments.weight_decay is None:
+        arguments.weight_decay = own["weight_decay"].default if "weight_decay" in own else 0.0
 
 
 def require_tqdm() -> None:

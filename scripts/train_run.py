@@ -106,11 +106,9 @@ class Run:
         # Small gradients vanish in float16; bfloat16 has the range of float32.
         scale = optim.LossScale(model) if arguments.precision == "mixed_float16" else None
         loss = losses.SoftmaxCrossEntropy(arguments.label_smoothing, loss_scale=scale)
-        options = {name: getattr(arguments, name) for name in ("learning_rate", "weight_decay")
-                   if getattr(arguments, name) is not None}
         optimizer = optim.BY_NAME[arguments.optimizer](
-            model, clip_norm=arguments.clip_norm, loss_scale=scale, **options)
-        self.rate = optimizer.learning_rate
+            model, learning_rate=arguments.learning_rate, weight_decay=arguments.weight_decay,
+            clip_norm=arguments.clip_norm, loss_scale=scale)
         self.steps = TrainStep(
             model, loss, optimizer, capture=not arguments.eager,
             micro_batches=arguments.accumulate, auto_batch=arguments.auto_batch,
@@ -118,13 +116,14 @@ class Run:
         loader = Loader(train_set, arguments.batch_size * arguments.accumulate,
                         seed=arguments.seed, dtype=model.dtype,
                         augmentation=cli.augmentation_of(arguments))
-        schedule = schedules.BY_NAME[arguments.schedule](self.rate, arguments.epochs * len(loader))
+        schedule = schedules.BY_NAME[arguments.schedule](arguments.learning_rate,
+                                                           arguments.epochs * len(loader))
         if arguments.warm_up:
             schedule = schedules.warm_up(schedule, max(1, round(arguments.warm_up * len(loader))))
         print(f"{arguments.model}: {sum(p.size for p in model.parameters().values()):,} "
               f"parameters; {len(train_set):,} training and {len(self.test_set):,} test images"
               f"{f', {len(validation_set):,} for validation' if validation_set else ''}; "
-              f"{arguments.optimizer}, learning rate {self.rate:g}, batches of "
+              f"{arguments.optimizer}, learning rate {arguments.learning_rate:g}, batches of "
               f"{arguments.batch_size}", flush=True)
         return Training(self.steps, loader, arguments.epochs, schedule=schedule,
                         validation=Loader(validation_set or self.test_set, EVALUATION_BATCH,
@@ -194,9 +193,9 @@ class Run:
             self._try("model", self._save_model)
         try:
             print(str(record).replace("validation", self.looked_at), flush=True)
-        except BrokenPipeError:  # the reader of our output has gone, which ends the run
+        except BrokenPipeError as e:  # the reader of our output has gone, which ends the run
             self._save()
-            raise
+            raise cli.Unfinished from e
 
     def _save_model(self) -> None:
         with self.training.averaged():
@@ -243,7 +242,7 @@ class Run:
         write_json(self.folder / "history.json", history)
         versions = {**self.facts["environment"]}
         figures = {
-            **settings_of(arguments), "learning_rate": self.rate,
+            **settings_of(arguments),
             "test_accuracy": test.accuracy, "test_loss": test.loss, "seconds": training.seconds,
             "images_per_second": self.train_images * training.epoch / training.seconds,
             "step_memory_bytes": step_memory(model, model.input_shape, arguments.batch_size,

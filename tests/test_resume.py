@@ -201,7 +201,7 @@ def test_a_reader_that_goes_away_ends_the_run_after_a_save(tmp_path):  # row 58
                             pipe, "numpy")
     with open(pipe) as reader:
         assert any(line.startswith("epoch 1/") for line in reader)
-    end(process)
+    end(process, 141)
     last = read_jsonl(folder / "log.jsonl")[-1]
     assert last["event"] == "epoch"
     assert newest(folder).name == f"step-{last['step']}.safetensors"

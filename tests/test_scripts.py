@@ -23,6 +23,7 @@ import pytest
 from gpucnn import cli, schedules
 from gpucnn.data import fashion_mnist
 from gpucnn.models import load_model, save_model
+from scripts import train
 from tests import forked, gpusim
 from tests.conftest import CUPY_RUNS
 
@@ -108,6 +109,18 @@ def test_augmented_training_is_a_function_of_the_seed_too(trained, tmp_path):
     assert error_of(result) == ("gpucnn: error: Augmentation: crop must be less than the height "
                                 "and the width of the images, 28x28; got 28")
     assert not (tmp_path / "large").exists()
+
+
+@pytest.mark.parametrize(("optimizer", "rate", "decay"), [
+    ("adam", 1e-3, 0.0), ("adamw", 1e-3, 0.01), ("nesterov", 0.01, 0.0)])
+def test_the_optimizers_own_settings_are_written_down(optimizer, rate, decay):
+    arguments = train.parser().parse_args(["--optimizer", optimizer])
+    train.resolve(arguments)
+    assert (arguments.learning_rate, arguments.weight_decay) == (rate, decay)
+    arguments = train.parser().parse_args(
+        ["--optimizer", optimizer, "--learning-rate", "3", "--weight-decay", "4"])
+    train.resolve(arguments)
+    assert (arguments.learning_rate, arguments.weight_decay) == (3, 4)
 
 
 def test_the_learning_rate_follows_the_schedule(tmp_path):
