@@ -11,6 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -118,6 +119,9 @@ def add_data_arguments(parser: argparse.ArgumentParser, of_run: bool = False) ->
         default = f"those of the run, or {default}"
     group.add_argument("--data", metavar="NAME|PATH",
                        default=None if of_run else subset, help=f"{DATA} (default: {default})")
+    group.add_argument("--decode-ahead", action=argparse.BooleanOptionalAction, default=False,
+                       help="leave the images of a folder on the disk, and decode each batch while "
+                            "those before it are computed: for more than memory holds")
     add_data_options(group)
 
 
@@ -154,7 +158,8 @@ def load_data(arguments: argparse.Namespace, input_shape: tuple[int, ...] | None
     input_shape: the (h, w, c) of a model, which folders of images are then read as where the
     arguments do not say otherwise.
     """
-    return _load(open_dataset, arguments, input_shape)
+    load = partial(open_dataset, decode_ahead=arguments.decode_ahead)
+    return _load(load, arguments, input_shape)
 
 
 def list_data(arguments: argparse.Namespace) -> Sequence[Dataset | ImageFolder]:

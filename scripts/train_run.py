@@ -41,7 +41,8 @@ WHITENED_IMAGES = 5000
 # No settings: what says where a run is, and how to begin it.
 NOT_SETTINGS = ("config", "out", "resume", "override", "deterministic", "debug")
 # Settings that do not touch the result: they may differ when a run goes on.
-FREE = ("data_dir", "eager", "keep", "max_pixels", "max_unpacked", "save_every", "workers")
+FREE = ("data_dir", "decode_ahead", "eager", "keep", "max_pixels", "max_unpacked", "save_every",
+        "workers")
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,32 +1,33 @@
 """A labelled set of images."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from gpucnn.data.shards import Shards
+from gpucnn.data.shards import DiskImages, Take
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Images and the class of each.
 
-    images: uint8 (n, h, w, c), 0 to 255: a NumPy array, or Shards, which stay on the disk.
+    images: uint8 (n, h, w, c), 0 to 255: a NumPy array, or DiskImages.
     labels: integers (n,), each an index into class_names.
     name: what logs and saved metrics call it.
 
     Raises TypeError for a wrong dtype, ValueError for a wrong shape, count or label.
     """
 
-    images: np.ndarray | Shards
+    images: np.ndarray | DiskImages
     labels: np.ndarray
     class_names: tuple[str, ...]
     name: str
 
     def __post_init__(self) -> None:
         images = self.images
-        if not isinstance(images, (np.ndarray, Shards)) or images.dtype != np.uint8:
+        if not isinstance(images, (np.ndarray, DiskImages)) or images.dtype != np.uint8:
             raise TypeError("images must be a NumPy array of uint8, got "
                             f"{getattr(images, 'dtype', type(images).__name__)}")
         if images.ndim != 4:
@@ -46,20 +47,25 @@ class Dataset:
 
     def take(self, numbers: np.ndarray, out: np.ndarray) -> None:
         """Write the images of those numbers (m,) to out (m, h, w, c)."""
-        if isinstance(self.images, Shards):
+        if isinstance(self.images, DiskImages):
             self.images.take(numbers, out)
         else:
             np.take(self.images, numbers, axis=0, out=out, mode="clip")
+
+    def take_ahead(self, batches: Sequence[np.ndarray]) -> Take:
+        """A take() to be called with each of the batches of numbers (m,), in their order: images on
+        the disk may be read while the caller computes."""
+        return self.images.take_ahead(batches) if isinstance(self.images, DiskImages) else self.take
 
     def first(self, n: int | None) -> Dataset:
         """The first n images, or all for None or if there are fewer."""
         return self if n is None or n >= len(self) else self.select(slice(n))
 
     def select(self, numbers: np.ndarray | slice) -> Dataset:
-        """The images of those numbers (m,), in that order, or at a slice; Shards stay on the disk.
-        """
+        """The images of those numbers (m,), in that order, or at a slice; DiskImages stay on the
+        disk."""
         images = self.images
-        images = images.select(numbers) if isinstance(images, Shards) else images[numbers]
+        images = images.select(numbers) if isinstance(images, DiskImages) else images[numbers]
         return Dataset(images, self.labels[numbers], self.class_names, self.name)
 
 

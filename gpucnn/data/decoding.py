@@ -12,6 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import numpy as np
@@ -34,15 +35,60 @@ def decoded(paths: Sequence[Path], size: tuple[int, int], channels: int, *,
 
     Raises DataError and OSError that name the file, ValueError for workers < 1.
     """
+    chunks = _chunks(paths)
+    decode = partial(_decode, size=size, channels=channels, max_pixels=max_pixels)
+    workers = min(_number_of(workers), len(chunks))
+    return map(decode, chunks) if workers < 2 else _in_workers(decode, chunks, workers)
+
+
+class Decoder:
+    """decoded() for one batch of files after the other, by workers that stay for the next batches.
+
+    They begin when they are first needed, and end with this object. Raises as decoded() does.
+    """
+
+    def __init__(self, size: tuple[int, int], channels: int, *, workers: int | None = None,
+                 max_pixels: int | None = None):
+        self.size, self.channels, self.workers = size, channels, _number_of(workers)
+        self._decode = partial(_decode, size=size, channels=channels, max_pixels=max_pixels)
+        self._pool: ProcessPoolExecutor | None = None
+
+    def decoded(self, batches: Sequence[Sequence[Path]]) -> Iterator[np.ndarray]:
+        """The images of all batches in order, some of one batch at a time: uint8 (m, h, w, c).
+
+        Those that follow are decoded meanwhile: two batches, or what keeps the workers busy.
+        """
+        chunks = [chunk for batch in batches for chunk in _chunks(batch)]
+        if self.workers == 1 or len(chunks) < 2:
+            return map(self._decode, chunks)
+        return self._by_workers(chunks, max(_AHEAD * self.workers, 2 * len(_chunks(batches[0]))))
+
+    def _by_workers(self, chunks: list[Sequence[Path]], most: int) -> Iterator[np.ndarray]:
+        if self._pool is None:
+            self._pool = _new_pool(self.workers)
+            # A process that multiprocessing began closes its queues when it ends, with priority
+            # 10, and then waits for its children, which must have been told to end before that.
+            Finalize(self, _shut_down, (self._pool,), exitpriority=100)
+        pool = self._pool
+        try:
+            yield from _ahead(pool, self._decode, chunks, most)
+        except DataError:  # the workers may have ended
+            _shut_down(pool)
+            self._pool = None
+            raise
+
+
+def _number_of(workers: int | None) -> int:
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else \
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else \
             os.cpu_count() or 1
     if workers < 1:
         raise ValueError(f"workers must be >= 1, got {workers}")
-    chunks = [paths[i:i + CHUNK] for i in range(0, len(paths), CHUNK)]
-    decode = partial(_decode, size=size, channels=channels, max_pixels=max_pixels)
-    workers = min(workers, len(chunks))
-    return map(decode, chunks) if workers < 2 else _in_workers(decode, chunks, workers)
+    return workers
+
+
+def _chunks(paths: Sequence[Path]) -> list[Sequence[Path]]:
+    return [paths[i:i + CHUNK] for i in range(0, len(paths), CHUNK)]
 
 
 def _decode(paths: Sequence[Path], size: tuple[int, int], channels: int, max_pixels: int | None
@@ -52,13 +98,31 @@ def _decode(paths: Sequence[Path], size: tuple[int, int], channels: int, max_pix
 
 def _in_workers(decode: Callable[[Sequence[Path]], np.ndarray], chunks: list[Sequence[Path]],
                 workers: int) -> Iterator[np.ndarray]:
+    pool = _new_pool(workers)
+    try:
+        yield from _ahead(pool, decode, chunks, _AHEAD * workers)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _new_pool(workers: int) -> ProcessPoolExecutor:
     # Not forked: threads of BLAS and CUDA do not outlive a fork.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
+
+
+def _shut_down(pool: ProcessPoolExecutor) -> None:
+    # Garbage may be collected in the pool's own thread, which cannot wait for itself.
+    pool.shutdown(wait=threading.current_thread() is threading.main_thread(), cancel_futures=True)
+
+
+def _ahead(pool: ProcessPoolExecutor, decode: Callable[[Sequence[Path]], np.ndarray],
+           chunks: list[Sequence[Path]], most: int) -> Iterator[np.ndarray]:
+    """The chunks as the pool decodes them, at most so many before they are taken."""
     waiting: deque[tuple[Sequence[Path], Future]] = deque()
     try:
         rest = iter(chunks)
         while True:
-            for chunk in itertools.islice(rest, _AHEAD * workers - len(waiting)):
+            for chunk in itertools.islice(rest, most - len(waiting)):
                 with _interrupts_held():  # for submit() begins the workers
                     waiting.append((chunk, pool.submit(decode, chunk)))
             if not waiting:
@@ -71,7 +135,8 @@ def _in_workers(decode: Callable[[Sequence[Path]], np.ndarray], chunks: list[Seq
                         "memory, or the program does not begin under if __name__ == '__main__'; "
                         "workers=1 (--workers 1) decodes without processes") from e
     finally:
-        pool.shutdown(cancel_futures=True)
+        for _, future in waiting:
+            future.cancel()
 
 
 @contextmanager

@@ -5,11 +5,13 @@ a CUDA graph, which then goes through the data set as it is replayed.
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from gpucnn.backend import Array
+from gpucnn.data.shards import Take
 
 if TYPE_CHECKING:
     from gpucnn.data.loader import Loader
@@ -69,23 +71,26 @@ class StreamedFeed:
             ((m, *dataset.images.shape[1:]), np.uint8), ((m,), np.int64), ((m,), np.int64),
             ((2,), np.int64))]  # images, labels, their numbers, and the cursor of a ResidentFeed
         self.upload = loader.backend.upload(self.arrays)
-        self.order, self.epoch, self.position = np.empty(0, np.int64), 0, 0
+        self.batches: Iterator[np.ndarray] = iter(())
+        self.take: Take = dataset.take
+        self.epoch = 0
 
     def begin(self, number: int, position: int) -> list[int]:
-        sizes = self.loader.sizes(position)
-        self.order, self.epoch, self.position = self.loader.order(number), number, position
+        sizes, order = self.loader.sizes(position), self.loader.order(number)
+        starts = range(position, self.loader.n, self.loader.batch_size)
+        batches = [order.take(np.arange(start, start + size + self.after), mode="wrap")
+                   for start, size in zip(starts, sizes)]
+        self.batches, self.epoch = iter(batches), number
+        self.take = self.loader.dataset.take_ahead(batches)
         return sizes
 
     def advance(self, size: int) -> None:
-        dataset = self.loader.dataset
-        places = np.arange(self.position, self.position + size + self.after)
-        chosen = self.order.take(places, mode="wrap")
+        dataset, chosen = self.loader.dataset, next(self.batches)
         images, labels, numbers, cursor = self.upload.arrays()
-        dataset.take(chosen, images[:len(chosen)])
+        self.take(chosen, images[:len(chosen)])
         labels[:len(chosen)], numbers[:len(chosen)] = dataset.labels[chosen], chosen
         cursor[...] = cursor_at(0, self.epoch)
         self.upload.send()
-        self.position += size
 
     def gather(self, size: int) -> tuple[Array, Array]:
         loader = self.loader

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from gpucnn.data.dataset import Dataset
-from gpucnn.data.decoding import decoded
+from gpucnn.data.decoding import Decoder, decoded
+from gpucnn.data.image_files import ImageFiles
 from gpucnn.data.images import image_extensions, is_grey
 from gpucnn.data.splitting import checked_share, held_out
 from gpucnn.errors import DataError
@@ -28,6 +29,7 @@ class ImageFolder:
     """The files of one part of a data set, and what becomes of them.
 
     paths: n files. labels: int64 (n,). shape: (h, w, c) that they are decoded to.
+    ahead: what decodes them batch by batch, where they are not to be in memory.
     """
 
     paths: list[Path]
@@ -37,6 +39,7 @@ class ImageFolder:
     shape: tuple[int, int, int]
     workers: int | None = None
     max_pixels: int | None = None
+    ahead: Decoder | None = None
 
     def decode(self) -> Iterator[np.ndarray]:
         """All images in order, some at a time: uint8 (m, h, w, c). Raises as decoded() does."""
@@ -44,12 +47,17 @@ class ImageFolder:
                        max_pixels=self.max_pixels)
 
     def load(self) -> Dataset:
-        """All of them in memory. Raises DataError where there is not enough of it."""
+        """All of them in memory, or with `ahead` on the disk. Raises DataError where there is not
+        enough memory."""
+        if self.ahead:
+            files = ImageFiles(self.paths, self.ahead)
+            return Dataset(files, self.labels, self.class_names, self.name)
         n, nbytes = len(self.paths), len(self.paths) * int(np.prod(self.shape))
         if nbytes > _memory() / 2:
             raise DataError(f"{self.name}: {n} images of {self.shape} come to {nbytes / 1e9:.1f} "
                             "GB, more than half of this machine's memory; pack them with "
-                            "scripts/pack.py, or make them smaller with --image-size")
+                            "scripts/pack.py, leave them on the disk with --decode-ahead, or make "
+                            "them smaller with --image-size")
         images = np.empty((n, *self.shape), np.uint8)
         at = 0
         for chunk in self.decode():
@@ -60,8 +68,8 @@ class ImageFolder:
 
 def list_folder(folder: PathLike, *, image_size: tuple[int, int] | None = None,
                 channels: int | None = None, test_share: float | None = None,
-                workers: int | None = None, max_pixels: int | None = None
-                ) -> tuple[ImageFolder, ImageFolder]:
+                workers: int | None = None, max_pixels: int | None = None,
+                decode_ahead: bool = False) -> tuple[ImageFolder, ImageFolder]:
     """The training and the test part of folder/CLASS/*.jpg, or of folder/train/CLASS/*.jpg and
     folder/test/CLASS/*.jpg (or val, valid, validation).
 
@@ -75,6 +83,7 @@ def list_folder(folder: PathLike, *, image_size: tuple[int, int] | None = None,
     test_share: without a test part, how many of each class are held out (default: 0.2): those
         whose paths have the smallest hashes, the same ones on every machine.
     workers, max_pixels: as decoded() and read_image() take them.
+    decode_ahead: leave the images on the disk, and decode them while those before are trained on.
 
     Raises FileNotFoundError, PermissionError; DataError for fewer than two classes, a class without
     images, and a test part with classes of its own; ValueError for other arguments.
@@ -91,8 +100,10 @@ def list_folder(folder: PathLike, *, image_size: tuple[int, int] | None = None,
         files = (path for paths, _ in parts for path in paths)
         channels = 1 if all(is_grey(path, max_pixels=max_pixels) for path in files) else 3
     shape = (*(IMAGE_SIZE if image_size is None else image_size), channels)
+    ahead = Decoder(shape[:2], channels, workers=workers, max_pixels=max_pixels) \
+        if decode_ahead else None
     train, test = (ImageFolder(paths, labels, names, f"{one_line(root.resolve().name)}-{word}",
-                               shape, workers, max_pixels)
+                               shape, workers, max_pixels, ahead)
                    for (paths, labels), word in zip(parts, ("train", "test")))
     return train, test
 

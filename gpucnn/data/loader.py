@@ -10,7 +10,7 @@ from gpucnn.augmentation import Augmentation
 from gpucnn.backend import Array, get_backend
 from gpucnn.data.dataset import Dataset
 from gpucnn.data.feed import Feed, ResidentFeed, StreamedFeed
-from gpucnn.data.shards import Shards
+from gpucnn.data.shards import DiskImages
 from gpucnn.geometry import is_int
 
 GROUP = 64  # blocks of Shards that are shuffled together
@@ -41,7 +41,7 @@ class Loader:
 
     streamed: whether the data set stays on the host, and each batch is copied to the GPU while it
         computes the one before. None: where it would take more than half of the GPU's free memory.
-        The batches are the same; on the CPU there is nothing to choose. Shards always stream.
+        The batches are the same; on the CPU there is nothing to choose. DiskImages always stream.
 
     seed: None keeps the order of the data set; an int from 0 to 2**64 - 1 shuffles it anew
         in each epoch. Shards are shuffled by blocks of a megabyte: GROUP of them, chosen at random,
@@ -76,9 +76,10 @@ class Loader:
             self.augmentation.table(dataset.images.shape[3], self.dtype))
         self.choices = self.backend.asarray(self.augmentation.choices()) \
             if self.augmentation.blends else None
-        if isinstance(dataset.images, Shards):
+        if isinstance(dataset.images, DiskImages):
             if streamed is False:
-                raise ValueError("Loader: images on the disk (Shards) always stream; leave out "
+                raise ValueError("Loader: images on the disk "
+                                 f"({type(dataset.images).__name__}) always stream; leave out "
                                  "streamed=False")
             self.block, streamed = dataset.images.block, True
         self.streamed = dataset.images.nbytes > self.backend.free_bytes() / 2 \

@@ -28,21 +28,22 @@ NAMED: dict[str, Load] = {
     "cifar100": load_cifar100,
 }
 SHORT = {"subset": "fashion-mnist-subset", "full": "fashion-mnist"}
-_FOLDER_OPTIONS = {"image_size", "channels", "test_share", "workers", "max_pixels"}
+_FOLDER_OPTIONS = {"image_size", "channels", "test_share", "workers", "max_pixels",
+                   "decode_ahead"}
 _NPZ_OPTIONS = {"test_share", "max_unpacked"}
 
 
 def open_dataset(spec: PathLike, *, data_dir: PathLike | None = None,
                  image_size: tuple[int, int] | None = None, channels: int | None = None,
                  test_share: float | None = None, workers: int | None = None,
-                 max_pixels: int | None = None, max_unpacked: int | None = None
-                 ) -> tuple[Dataset, Dataset]:
+                 max_pixels: int | None = None, max_unpacked: int | None = None,
+                 decode_ahead: bool = False) -> tuple[Dataset, Dataset]:
     """The training and the test set that spec names.
 
     spec: one of the names in NAMED or SHORT; or else the path of
         an .npz file (gpucnn.data.npz.load_npz), for which test_share and max_unpacked are; or
         a folder of images, one folder a class (gpucnn.data.folder.list_folder), for which
-        image_size, channels, test_share, workers and max_pixels are; or
+        image_size, channels, test_share, workers, max_pixels and decode_ahead are; or
         a folder that scripts/pack.py has made (gpucnn.data.packed), whose images stay on the disk.
         A folder that is called like a data set is ./mnist or an absolute path.
     data_dir: the folder that holds a named data set; the environment variable GPUCNN_DATA_DIR
@@ -53,7 +54,7 @@ def open_dataset(spec: PathLike, *, data_dir: PathLike | None = None,
     """
     parts = list_parts(spec, data_dir=data_dir, image_size=image_size, channels=channels,
                        test_share=test_share, workers=workers, max_pixels=max_pixels,
-                       max_unpacked=max_unpacked)
+                       max_unpacked=max_unpacked, decode_ahead=decode_ahead or None)
     train, test = (part.load() if isinstance(part, ImageFolder) else part for part in parts)
     return train, test
 
