@@ -97,39 +97,44 @@ class Run:
         write_json(path, starts)
 
     def _make_training(self, new: bool) -> Training:
-        arguments, train_set = self.arguments, self.train_set
-        train_set, validation_set = split(train_set, arguments.validation, arguments.seed)
+        arguments = self.arguments
+        train_set, validation_set = split(self.train_set, arguments.validation, arguments.seed)
         self.train_images = len(train_set)
+        self.steps = self._make_step(train_set, new)
+        model = self.steps.model
+        loader = Loader(train_set, arguments.batch_size * arguments.accumulate,
+                        seed=arguments.seed, dtype=model.dtype,
+                        augmentation=cli.augmentation_of(arguments))
+        schedule = schedules.BY_NAME[arguments.schedule](arguments.learning_rate,
+                                                         arguments.epochs * len(loader))
+        if arguments.warm_up:
+            schedule = schedules.warm_up(schedule, max(1, round(arguments.warm_up * len(loader))))
+        kept_back = f", {len(validation_set):,} for validation" if validation_set else ""
+        print(f"{arguments.model}: {sum(p.size for p in model.parameters().values()):,} "
+              f"parameters; {len(train_set):,} training and {len(self.test_set):,} test images"
+              f"{kept_back}; {arguments.optimizer}, learning rate {arguments.learning_rate:g}, "
+              f"batches of {arguments.batch_size}", flush=True)
+        looked_at = Loader(validation_set or self.test_set, EVALUATION_BATCH, dtype=model.dtype)
+        return Training(self.steps, loader, arguments.epochs, schedule=schedule,
+                        validation=looked_at, patience=arguments.patience)
+
+    def _make_step(self, train_set: Dataset, new: bool) -> TrainStep:
+        """The model, its loss and its optimizer. new: without a checkpoint to go on from."""
+        arguments = self.arguments
         model = MODELS[arguments.model](train_set.n_classes)
         model.build(train_set.images.shape[1:], seed=arguments.seed, precision=arguments.precision)
         if new and isinstance(model.layers[0], Whiten2D):  # its filters come from the images
             model.layers[0].fit(to_float(train_set.images[:WHITENED_IMAGES]))
         # Small gradients vanish in float16; bfloat16 has the range of float32.
         scale = optim.LossScale(model) if arguments.precision == "mixed_float16" else None
-        loss = losses.SoftmaxCrossEntropy(arguments.label_smoothing, loss_scale=scale)
         optimizer = optim.BY_NAME[arguments.optimizer](
             model, learning_rate=arguments.learning_rate, weight_decay=arguments.weight_decay,
             clip_norm=arguments.clip_norm, loss_scale=scale)
-        self.steps = TrainStep(
-            model, loss, optimizer, capture=not arguments.eager,
-            micro_batches=arguments.accumulate, auto_batch=arguments.auto_batch,
+        return TrainStep(
+            model, losses.SoftmaxCrossEntropy(arguments.label_smoothing, loss_scale=scale),
+            optimizer, capture=not arguments.eager, micro_batches=arguments.accumulate,
+            auto_batch=arguments.auto_batch,
             average=None if arguments.ema is None else Average(model, arguments.ema))
-        loader = Loader(train_set, arguments.batch_size * arguments.accumulate,
-                        seed=arguments.seed, dtype=model.dtype,
-                        augmentation=cli.augmentation_of(arguments))
-        schedule = schedules.BY_NAME[arguments.schedule](arguments.learning_rate,
-                                                           arguments.epochs * len(loader))
-        if arguments.warm_up:
-            schedule = schedules.warm_up(schedule, max(1, round(arguments.warm_up * len(loader))))
-        print(f"{arguments.model}: {sum(p.size for p in model.parameters().values()):,} "
-              f"parameters; {len(train_set):,} training and {len(self.test_set):,} test images"
-              f"{f', {len(validation_set):,} for validation' if validation_set else ''}; "
-              f"{arguments.optimizer}, learning rate {arguments.learning_rate:g}, batches of "
-              f"{arguments.batch_size}", flush=True)
-        return Training(self.steps, loader, arguments.epochs, schedule=schedule,
-                        validation=Loader(validation_set or self.test_set, EVALUATION_BATCH,
-                                          dtype=model.dtype),
-                        patience=arguments.patience)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         training = self.training
