@@ -43,7 +43,6 @@ class SoftmaxCrossEntropy:
             logits, labels, label_smoothing=self.label_smoothing,
             loss_scale=None if self.loss_scale is None else self.loss_scale.value)
 
-
     def _of_shares(self, logits: Array, shares: Array) -> tuple[Array, Array, Array]:
         dtype, z, q = _receive(type(self).__name__, logits, shares)
         xp, (n, classes) = backend_of(z).xp, z.shape
@@ -52,7 +51,7 @@ class SoftmaxCrossEntropy:
         q = (1 - self.label_smoothing) * q + self.label_smoothing / classes
         log_p = log_softmax(xp, z)
         dz = (xp.exp(log_p) * q.sum(axis=1, keepdims=True) - q) / n
-        loss = -(q * log_p).sum() / n
+        loss = -(q * log_p).sum(axis=1).mean()  # a scalar / n would be a double in NumPy 1
         return loss, _scaled(dz, self.loss_scale).astype(dtype, copy=False), hits
 
 
