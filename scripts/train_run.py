@@ -155,7 +155,7 @@ class Run:
     def _load(self, checkpoint: Checkpoint) -> None:
         try:
             self.training.restore(checkpoint.arrays, checkpoint.facts["training"])
-        except (KeyError, TypeError, ValueError) as e:
+        except (CheckpointError, KeyError, TypeError, ValueError) as e:
             raise CheckpointError(f"{one_line(checkpoint.path)} does not fit this run: "
                                   f"{one_line(e)}") from e
 

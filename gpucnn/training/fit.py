@@ -44,7 +44,8 @@ def fit(model: Layer, data: Any, *, epochs: int = 10, batch_size: int = 64,
     optimizer: a name of optim.BY_NAME, or a function that makes one for the built model.
     learning_rate: of an optimizer by name; None for its own.
     schedule: of the learning rate: a name of schedules.BY_NAME, or step -> rate.
-    loss: (outputs, t) -> (mean loss, gradient); None is the softmax cross-entropy.
+    loss: (outputs, t) -> (mean loss, gradient); None is the softmax cross-entropy. In mixed_float16
+        another one, and an optimizer that you make, need an optim.LossScale of your own.
     validation: data that is looked at after each epoch, with labels, in the form of `data`.
     patience: stop when the validation loss has not got better in so many epochs; the model then
         has the parameters of the best one.

@@ -12,6 +12,7 @@ from gpucnn.backend import Array
 from gpucnn.data import Loader
 from gpucnn.errors import TrainingError
 from gpucnn.geometry import is_int
+from gpucnn.models.saving import arrays_of, set_arrays
 from gpucnn.schedules import Schedule, constant
 from gpucnn.training.evaluation import Evaluation, check_finite, evaluate
 from gpucnn.training.results import StepResult
@@ -234,19 +235,17 @@ class Training:
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """All that a run needs to go on, beside its arguments: arrays on the host, and numbers.
 
-        Waits for the GPU. To be called where no step is under way: in on_epoch and save.
+        Copies, for which it waits for the GPU. To be called where no step is under way: in on_epoch
+        and save.
         """
-        model, to_numpy = self.model, self.model.backend.to_numpy
-        arrays = {f"model/{name}": to_numpy(p.data) for name, p in model.parameters().items()}
-        arrays |= {f"model/{name}": to_numpy(layer.own_buffers[key])
-                   for name, (layer, key) in model.buffers().items()}
-        parts = {"training": model.training_state(), "optimizer": self.optimizer.state_dict(),
+        parts = {"model": {name: a.copy() for name, a in arrays_of(self.model).items()},
+                 "training": self.model.training_state(), "optimizer": self.optimizer.state_dict(),
                  "history": {name: np.array(values, np.int64 if name in INT_NAMES else np.float64)
                              for name, values in self.history.items()}}
         if self.average is not None:
             parts["average"] = self.average.state_dict()
-        arrays |= {f"{part}/{name}": a for part, named in parts.items()
-                   for name, a in named.items()}
+        arrays = {f"{part}/{name}": a for part, named in parts.items()
+                  for name, a in named.items()}
         return arrays, {"position": self.position, "loss_sum": self._loss_sum, "hits": self._hits,
                         "best_step": self.best_step, "epoch_seconds": self._epoch_seconds,
                         "seconds": self.seconds, "micro_batches": self.step.micro_batches}
@@ -254,26 +253,16 @@ class Training:
     def restore(self, arrays: dict[str, np.ndarray], numbers: dict[str, Any]) -> None:
         """Go on from what state() gave, on this backend or the other.
 
-        Raises KeyError and ValueError for what is not the state of such a run.
+        Raises CheckpointError, KeyError and ValueError for what is not the state of such a run.
         """
         parts: dict[str, dict[str, np.ndarray]] = {}
         for name, a in arrays.items():
             part, _, rest = name.partition("/")
             parts.setdefault(part, {})[rest] = a
-        model, asarray = self.model, self.model.backend.asarray
-        own = {name: p.data for name, p in model.parameters().items()}
-        own |= {name: layer.own_buffers[key] for name, (layer, key) in model.buffers().items()}
-        wanted = {name: (a.shape, a.dtype) for name, a in own.items()}
-        given = {name: (a.shape, a.dtype) for name, a in parts["model"].items()}
-        if given != wanted:
-            wrong = sorted(n for n in given.keys() | wanted.keys() if given.get(n) != wanted.get(n))
-            raise ValueError(f"the model has other arrays: {', '.join(wrong)}")
         if ("average" in parts) != (self.average is not None):
             raise ValueError("with an average of the weights, or without one")
-        for name, a in own.items():
-            a[...] = asarray(parts["model"][name])
-        model.cast_parameters()
-        model.load_training_state(parts.get("training", {}))
+        set_arrays(self.model, parts["model"], "the saved state")
+        self.model.load_training_state(parts.get("training", {}))
         self.optimizer.load_state_dict(parts["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(parts["average"])
